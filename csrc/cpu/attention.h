@@ -1,0 +1,88 @@
+// What the launcher hands to the softmax-attention kernels: raw pointers, sizes, strides (in elements), options.
+// Nothing here knows torch; nothing here is compiled for one instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace xformer_fast {
+
+enum class Element : int { float32, bfloat16, float16, boolean };
+
+// A (batch, heads, sequence, head_dim) view whose last stride is 1. Packed (T, H, D) inputs have batch stride 0.
+struct View {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;  // strides
+};
+
+// Keys kept for query i of a sequence: max(0, p_i - left) <= j <= p_i + right, j < key length; p_i = i + shift.
+constexpr int64_t kNoLimit = int64_t(1) << 60;  // left/right without a limit; safe to add to any position
+
+struct Attention {
+  Element element;  // of query, key, value, out and their gradients: float32, bfloat16 or float16
+  int64_t batch, heads_q, heads_kv, head_dim, head_dim_v;
+  int64_t seqlen_q, seqlen_k;                             // varlen: the longest sequence of the batch
+  const int64_t* cu_seqlens_q = nullptr;                  // varlen: (batch + 1) row offsets, else nullptr
+  const int64_t* cu_seqlens_k = nullptr;
+  const int64_t* key_lengths = nullptr;                   // (batch), 0 <= length <= seqlen_k, or nullptr; never moves p_i
+  View query, key, value, out;
+  float* lse = nullptr;                                   // log of the softmax denominator, natural log; -inf for an empty row
+  int64_t lse_batch = 0, lse_head = 0;                    // strides; rows are adjacent (varlen: offset by cu_seqlens_q)
+  const void* mask = nullptr;                             // additive (float types) or boolean (true = attend)
+  Element mask_element = Element::float32;
+  int64_t mask_batch = 0, mask_head = 0, mask_q = 0, mask_k = 0;  // strides, 0 where broadcast
+  const float* alibi_slopes = nullptr;                    // adds -slope * |p_i - j|
+  int64_t alibi_batch = 0, alibi_head = 0;                // strides
+  const float* sinks = nullptr;                           // (heads_q): one more logit in every denominator
+  float scale = 1.f;
+  float softcap = 0.f;                                    // 0: none
+  double dropout_p = 0.;  // a bit is dropped when its random word is below floor(dropout_p * 2^32)
+  uint64_t dropout_seed = 0;
+  bool top_left = false;                                  // shift = 0, else shift = len_k - len_q of the sequence
+  int64_t left = kNoLimit, right = kNoLimit;
+
+  int64_t query_row0(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
+  int64_t key_row0(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b] : 0; }
+  int64_t len_q(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : seqlen_q; }
+  int64_t len_k(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : seqlen_k; }
+  int64_t shift(int64_t b) const { return top_left ? 0 : len_k(b) - len_q(b); }
+  int64_t key_limit(int64_t b) const {  // keys at or past it are never read
+    const int64_t n = len_k(b);
+    return key_lengths && key_lengths[b] < n ? key_lengths[b] : n;
+  }
+};
+
+// The backward reads all of Attention (out and lse as the forward wrote them) and writes every gradient that is not null.
+// Gradients of key and value are per KV head. Outputs arrive uninitialised; every element inside a sequence is written.
+struct AttentionGrad {
+  View grad_out;
+  const float* grad_lse = nullptr;  // same layout as lse, or nullptr
+  View grad_query, grad_key, grad_value;
+  float* grad_mask = nullptr;       // float32, dense over the mask's own (unbroadcast) axes; see grad_mask_* strides
+  int64_t grad_mask_batch = 0, grad_mask_head = 0, grad_mask_q = 0, grad_mask_k = 0;  // 0 where the mask broadcasts
+  float* grad_alibi_slopes = nullptr;  // float32 (batch, heads_q), always per batch; the launcher sums
+  float* grad_sinks = nullptr;         // float32 (batch, heads_q), likewise
+};
+
+// Runs task 0..count-1, each exactly once, in any order on any thread, lowest numbers first (put the heaviest there).
+// `scratch` is private to the running thread, 64-byte aligned, `scratch_bytes` long, uninitialised.
+using Task = void (*)(void* context, int64_t task, char* scratch);
+struct Pool {
+  void (*run)(int64_t count, Task task, void* context, size_t scratch_bytes);
+  void* (*allocate)(void* self, size_t bytes);  // 64-byte aligned workspace that lives until the launcher returns
+  void* self;
+};
+
+struct AttentionKernels {
+  void (*forward)(const Attention&, const Pool&);
+  void (*backward)(const Attention&, const AttentionGrad&, const Pool&);
+};
+
+// One table an instruction set, from the same sources compiled with other flags.
+namespace portable { extern const AttentionKernels attention_kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const AttentionKernels attention_kernels; }         // AVX2, FMA, F16C
+namespace avx512 { extern const AttentionKernels attention_kernels; }       // AVX-512 F, BW, DQ, VL
+namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }  // and AVX512_BF16
+#endif
+
+}  // namespace xformer_fast

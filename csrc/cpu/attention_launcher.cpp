@@ -1,0 +1,214 @@
+// The operators xformer_fast::attention_cpu and attention_cpu_backward: schema, value checks, tensors to raw pointers.
+// Shapes, dtypes and option types were checked by the public function; values that live in tensors are checked here.
+#include "isa.h"
+#include "launch.h"
+
+namespace xformer_fast {
+namespace {
+
+const AttentionKernels& kernels() {
+  switch (selected_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512_bf16: return avx512_bf16::attention_kernels;
+    case Isa::avx512: return avx512::attention_kernels;
+    case Isa::avx2: return avx2::attention_kernels;
+#endif
+    default: return portable::attention_kernels;
+  }
+}
+
+enum Causal : int64_t { kNotCausal = 0, kBottomRight = 1, kTopLeft = 2 };
+
+struct Options {
+  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed;
+  double scale, softcap, dropout_p;
+  int64_t causal, window_left, window_right;
+};
+
+std::vector<int64_t> checked_offsets(const Tensor& t, const char* name, int64_t total) {
+  std::vector<int64_t> offsets = integers(t, name);
+  STD_TORCH_CHECK(!offsets.empty() && offsets.front() == 0, "xformer_fast: ", name, " must start at 0");
+  for (size_t i = 1; i < offsets.size(); ++i)
+    STD_TORCH_CHECK(offsets[i - 1] <= offsets[i], "xformer_fast: ", name, " must not decrease, but entry ", i, " is ",
+                    offsets[i], " after ", offsets[i - 1]);
+  STD_TORCH_CHECK(offsets.back() == total, "xformer_fast: ", name, " must end at the number of packed rows, ", total,
+                  ", but ends at ", offsets.back());
+  return offsets;
+}
+
+int64_t longest(const std::vector<int64_t>& offsets) {
+  int64_t most = 0;
+  for (size_t i = 1; i < offsets.size(); ++i) most = std::max(most, offsets[i] - offsets[i - 1]);
+  return most;
+}
+
+// Attention plus the tensors and vectors its pointers point into.
+struct Prepared {
+  Attention a{};
+  Tensor query, key, value;
+  std::vector<int64_t> cu_q, cu_k, lengths;
+
+  Prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
+      : query(with_unit_rows(q)), key(with_unit_rows(k)), value(with_unit_rows(v)) {
+    const bool packed = q.dim() == 3;
+    a.element = element_of(q, "query");
+    a.heads_q = q.size(1);
+    a.heads_kv = k.size(1);
+    a.head_dim = q.size(-1);
+    a.head_dim_v = v.size(-1);
+    a.query = view_of(query);
+    a.key = view_of(key);
+    a.value = view_of(value);
+    if (packed) {
+      cu_q = checked_offsets(*o.cu_seqlens_q, "cu_seqlens_q", q.size(0));
+      cu_k = checked_offsets(*o.cu_seqlens_k, "cu_seqlens_k", k.size(0));
+      STD_TORCH_CHECK(cu_q.size() == cu_k.size(), "xformer_fast: cu_seqlens_q and cu_seqlens_k must have equal lengths");
+      a.batch = static_cast<int64_t>(cu_q.size()) - 1;
+      a.cu_seqlens_q = cu_q.data();
+      a.cu_seqlens_k = cu_k.data();
+      a.seqlen_q = longest(cu_q);
+      a.seqlen_k = longest(cu_k);
+    } else {
+      a.batch = q.size(0);
+      a.seqlen_q = q.size(2);
+      a.seqlen_k = k.size(2);
+    }
+    if (o.key_lengths) {
+      lengths = integers(*o.key_lengths, "key_lengths");
+      STD_TORCH_CHECK(static_cast<int64_t>(lengths.size()) == a.batch, "xformer_fast: key_lengths must have one entry per batch");
+      for (int64_t b = 0; b < a.batch; ++b)
+        STD_TORCH_CHECK(0 <= lengths[b] && lengths[b] <= a.len_k(b), "xformer_fast: key_lengths[", b, "] is ", lengths[b],
+                        ", must lie in 0..", a.len_k(b));
+      a.key_lengths = lengths.data();
+    }
+    if (o.mask) {
+      a.mask = o.mask->data_ptr();
+      a.mask_element = element_of(*o.mask, "mask");
+      auto stride = [&](int64_t dim) { return o.mask->size(dim) == 1 ? 0 : o.mask->stride(dim); };
+      a.mask_batch = stride(0), a.mask_head = stride(1), a.mask_q = stride(2), a.mask_k = stride(3);
+    }
+    if (o.alibi_slopes) {
+      a.alibi_slopes = float_data(*o.alibi_slopes, "alibi_slopes");
+      a.alibi_batch = o.alibi_slopes->dim() == 2 ? o.alibi_slopes->stride(0) : 0;
+      a.alibi_head = o.alibi_slopes->stride(-1);
+    }
+    if (o.sinks) {
+      STD_TORCH_CHECK(o.sinks->is_contiguous(), "xformer_fast: sinks must be contiguous");
+      a.sinks = float_data(*o.sinks, "sinks");
+    }
+    a.scale = static_cast<float>(o.scale);
+    a.softcap = static_cast<float>(o.softcap);
+    a.dropout_p = o.dropout_p;
+    if (o.dropout_seed && o.dropout_p > 0)
+      a.dropout_seed = static_cast<uint64_t>(*static_cast<const int64_t*>(o.dropout_seed->data_ptr()));
+    a.top_left = o.causal == kTopLeft;
+    a.left = o.window_left < 0 ? kNoLimit : o.window_left;
+    a.right = o.window_right < 0 ? kNoLimit : o.window_right;
+    if (o.causal != kNotCausal && a.right > 0) a.right = 0;
+  }
+
+  void set_results(const Tensor& out, const Tensor& lse) {
+    a.out = view_of(out);
+    a.lse = static_cast<float*>(lse.data_ptr());
+    a.lse_batch = lse.dim() == 2 ? 0 : lse.stride(0);
+    a.lse_head = lse.stride(lse.dim() - 2);
+  }
+
+  double work() const {  // multiply-adds, an upper bound
+    const double keys = static_cast<double>(std::min(a.seqlen_k, a.left >= kNoLimit ? a.seqlen_k : a.left + std::min(a.right, a.seqlen_k) + 1));
+    return static_cast<double>(a.batch * a.heads_q) * static_cast<double>(a.seqlen_q) * keys * static_cast<double>(a.head_dim + a.head_dim_v);
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
+                                   OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
+                                   OptionalTensor sinks, OptionalTensor dropout_seed, int64_t, int64_t, double scale,
+                                   double softcap, double dropout_p, int64_t causal, int64_t window_left,
+                                   int64_t window_right) {
+  Prepared p(query, key, value,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, scale, softcap, dropout_p,
+              causal, window_left, window_right});
+  Tensor out = empty_in_order_of(query, p.a.head_dim_v);
+  Tensor lse = query.dim() == 3
+                   ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
+                   : torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  if (lse.numel() > 0) {
+    p.set_results(out, lse);
+    Call call(p.work());
+    kernels().forward(p.a, call.pool());
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
+    OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t, int64_t, double scale,
+    double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
+    bool need_alibi_grad, bool need_sinks_grad) {
+  Prepared p(query, key, value,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, scale, softcap, dropout_p,
+              causal, window_left, window_right});
+  const Attention& a = p.a;
+  Tensor d_query = empty_in_order_of(query, a.head_dim);
+  Tensor d_key = empty_in_order_of(key, a.head_dim);
+  Tensor d_value = empty_in_order_of(value, a.head_dim_v);
+  const Tensor none = torch::stable::new_empty(query, {0}, ScalarType::Float);
+  Tensor d_mask = need_mask_grad ? torch::stable::new_empty(query, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)},
+                                                            ScalarType::Float)
+                                 : none;
+  Tensor d_alibi = need_alibi_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none;
+  Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none;
+  if (lse.numel() == 0) {  // no query: nothing flows back
+    for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_sinks}) torch::stable::zero_(*t);
+  } else {
+    const Tensor go = with_unit_rows(grad_out);
+    const Tensor o = with_unit_rows(out);
+    const Tensor l = torch::stable::contiguous(lse);
+    p.set_results(o, l);
+    OptionalTensor gl;
+    if (grad_lse) gl = torch::stable::contiguous(*grad_lse);
+    AttentionGrad g{};
+    g.grad_out = view_of(go);
+    if (gl) g.grad_lse = float_data(*gl, "grad_lse");
+    g.grad_query = view_of(d_query);
+    g.grad_key = view_of(d_key);
+    g.grad_value = view_of(d_value);
+    if (need_mask_grad) {
+      g.grad_mask = static_cast<float*>(d_mask.data_ptr());
+      auto stride = [&](int64_t dim) { return d_mask.size(dim) == 1 ? 0 : d_mask.stride(dim); };
+      g.grad_mask_batch = stride(0), g.grad_mask_head = stride(1), g.grad_mask_q = stride(2), g.grad_mask_k = stride(3);
+    }
+    if (need_alibi_grad) g.grad_alibi_slopes = static_cast<float*>(d_alibi.data_ptr());
+    if (need_sinks_grad) g.grad_sinks = static_cast<float*>(d_sinks.data_ptr());
+    Call call(2.5 * p.work());
+    kernels().backward(a, g, call.pool());
+  }
+  if (need_mask_grad && mask->scalar_type() != ScalarType::Float) d_mask = torch::stable::to(d_mask, mask->scalar_type());
+  const std::vector<int64_t> batch_axis{0};
+  if (need_alibi_grad && alibi_slopes->dim() == 1) d_alibi = torch::stable::sum(d_alibi, batch_axis);
+  if (need_sinks_grad) d_sinks = torch::stable::sum(d_sinks, batch_axis);
+  return {d_query, d_key, d_value, d_mask, d_alibi, d_sinks};
+}
+
+#define XFORMER_FAST_ATTENTION_OPTIONS                                                                                    \
+  "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, "  \
+  "Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, "         \
+  "int causal, SymInt window_left, SymInt window_right"
+
+}  // namespace
+}  // namespace xformer_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
+  m.def("attention_cpu(Tensor query, Tensor key, Tensor value, " XFORMER_FAST_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+  m.def(
+      "attention_cpu_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, " XFORMER_FAST_ATTENTION_OPTIONS
+      ", bool need_mask_grad, bool need_alibi_grad, bool need_sinks_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xformer_fast, CPU, m) {
+  m.impl("attention_cpu", TORCH_BOX(&xformer_fast::forward));
+  m.impl("attention_cpu_backward", TORCH_BOX(&xformer_fast::backward));
+}

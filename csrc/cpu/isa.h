@@ -1,0 +1,35 @@
+// Which instruction set the kernels run on: the best of what was built and what the CPU has, read at run time.
+// XFORMER_FAST_ISA = portable | avx2 | avx512 | avx512_bf16 forces a lower level (a higher one than the CPU has is ignored).
+#pragma once
+#include <cstdlib>
+#include <cstring>
+
+namespace xformer_fast {
+
+enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+inline Isa cpu_isa() {
+#if defined(__x86_64__)
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+      return Isa::portable;
+    if (!__builtin_cpu_supports("x86-64-v4")) return Isa::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  }();
+  return best;
+#else
+  return Isa::portable;
+#endif
+}
+
+inline Isa selected_isa() {
+  const Isa best = cpu_isa();
+  if (const char* forced = std::getenv("XFORMER_FAST_ISA"))
+    for (int i = 0; i < static_cast<int>(best); ++i)
+      if (std::strcmp(forced, kIsaNames[i]) == 0) return static_cast<Isa>(i);
+  return best;
+}
+
+}  // namespace xformer_fast

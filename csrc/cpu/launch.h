@@ -1,0 +1,139 @@
+// What every CPU launcher shares: a dynamic task pool over torch's threads, workspace, tensor-to-struct helpers.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "attention.h"
+
+namespace xformer_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct FreeAligned {
+  void operator()(void* p) const { std::free(p); }
+};
+using AlignedBuffer = std::unique_ptr<void, FreeAligned>;
+
+inline AlignedBuffer aligned_buffer(size_t bytes) {
+  void* p = nullptr;
+  STD_TORCH_CHECK(posix_memalign(&p, 64, bytes ? bytes : 64) == 0, "xformer_fast: out of memory, wanted ", bytes, " bytes");
+  return AlignedBuffer(p);
+}
+
+// One launcher call: owns the workspaces its kernel asks for, bounds its threads by the size of the work.
+class Call {
+ public:
+  // `work`: multiply-adds in all; below a few hundred thousand a thread, waking threads costs more than it brings.
+  explicit Call(double work) : pool_{&Call::run, &Call::allocate, this} {
+    const double useful = work / kWorkPerThread;
+    max_threads() = useful < 1 ? 1 : useful < 1e6 ? static_cast<int64_t>(useful) : 1000000;
+  }
+  Call(const Call&) = delete;
+  const Pool& pool() const { return pool_; }
+
+ private:
+  static constexpr double kWorkPerThread = 2.5e5;
+
+  static int64_t& max_threads() {
+    static thread_local int64_t limit = 1;
+    return limit;
+  }
+
+  static char* scratch(size_t bytes) {  // kept by the thread from call to call
+    static thread_local AlignedBuffer buffer;
+    static thread_local size_t size = 0;
+    if (bytes > size) {
+      buffer.reset();
+      size = 0;
+      buffer = aligned_buffer(bytes);
+      size = bytes;
+    }
+    return static_cast<char*>(buffer.get());
+  }
+
+  static void run(int64_t count, Task task, void* context, size_t scratch_bytes) {
+    int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    if (threads > max_threads()) threads = max_threads();
+    if (threads > count) threads = count;
+    if (threads <= 1) {
+      char* mine = scratch(scratch_bytes);
+      for (int64_t i = 0; i < count; ++i) task(context, i, mine);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      char* mine = scratch(scratch_bytes);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i, mine);
+    });
+  }
+
+  static void* allocate(void* self, size_t bytes) {
+    auto& workspaces = static_cast<Call*>(self)->workspaces_;
+    workspaces.push_back(aligned_buffer(bytes));
+    return workspaces.back().get();
+  }
+
+  Pool pool_;
+  std::vector<AlignedBuffer> workspaces_;
+};
+
+inline Element element_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Half: return Element::float16;
+    case ScalarType::Bool: return Element::boolean;
+    default: STD_TORCH_CHECK(false, "xformer_fast: ", name, " must be float32, bfloat16, float16 (or bool, for a mask)");
+  }
+}
+
+inline const float* float_data(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "xformer_fast: ", name, " must be float32");
+  return static_cast<const float*>(t.data_ptr());
+}
+
+// A kernel reads rows with a unit last stride; anything else is copied once here.
+inline Tensor with_unit_rows(const Tensor& t) {
+  return t.dim() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// int32 or int64 vector to int64 values.
+inline std::vector<int64_t> integers(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1, "xformer_fast: ", name, " must be one-dimensional");
+  const int64_t n = t.size(0), step = t.stride(0);
+  std::vector<int64_t> values(static_cast<size_t>(n));
+  if (t.scalar_type() == ScalarType::Int)
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<const int32_t*>(t.data_ptr())[i * step];
+  else if (t.scalar_type() == ScalarType::Long)
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<const int64_t*>(t.data_ptr())[i * step];
+  else
+    STD_TORCH_CHECK(false, "xformer_fast: ", name, " must be int32 or int64");
+  return values;
+}
+
+// An output with the memory order of `like`: (B, H, S, D) contiguous, or a transposed view of (B, S, H, D); packed (T, H, D).
+inline Tensor empty_in_order_of(const Tensor& like, int64_t last) {
+  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
+  const int64_t b = like.size(0), h = like.size(1), s = like.size(2);
+  if (like.stride(1) < like.stride(2))
+    return torch::stable::transpose(torch::stable::new_empty(like, {b, s, h, last}), 1, 2);
+  return torch::stable::new_empty(like, {b, h, s, last});
+}
+
+inline View view_of(const Tensor& t) {
+  if (t.dim() == 3) return {t.data_ptr(), 0, t.stride(1), t.stride(0)};
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+}  // namespace xformer_fast

@@ -1,0 +1,133 @@
+"""Builds csrc/ with ninja through torch's extension tooling, and nothing else.
+
+Two libraries: `xformer_fast/_ops.so`, the operators, on LibTorch's stable ABI (torch 2.11 and later, no Python
+symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU facts. The kernels in csrc/cpu are compiled once an
+instruction set and linked together; the best one is chosen at run time.
+
+Where the build tools are missing or fail, the install still succeeds and leaves `build_failure.txt` in the package, which
+`xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure (and any compiler warning) fatal, =skip builds nothing.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MODE = os.environ.get("XFORMER_FAST_BUILD", "try")  # try | require | skip
+CXX = os.environ.setdefault("CXX", "g++")
+
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", *(["-Werror"] if MODE == "require" else [])]
+KERNEL_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=fast"]
+KERNEL_FLAGS += ["-fvisibility=hidden", "-fira-region=one"]  # the latter: keeps accumulators in registers (g++ 12)
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+}
+CPU = Path("csrc") / "cpu"
+HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py, which runs in its folder
+KERNEL_SOURCES = ["attention_forward.cpp", "attention_backward.cpp", "attention_kernels.cpp"]
+LAUNCHER_SOURCES = ["attention_launcher.cpp"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+
+
+def missing_tool() -> str | None:
+    """The first thing the build needs and this machine lacks, or None."""
+    try:
+        import pybind11  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        return f"the Python package {error.name} is not installed (install it, then build with --no-build-isolation)"
+    if shutil.which(CXX.split()[0]) is None:
+        return f"no C++ compiler ({CXX})"
+    if shutil.which("ninja") is None:
+        return "no ninja"
+    return None
+
+
+def with_leave_to_fail(command: type[build_ext], problem: str | None) -> type[build_ext]:
+    """`command`, but a failure leaves its reason in the package in place of libraries."""
+
+    class Build(command):
+        def run(self):
+            package = (ROOT if self.inplace else Path(self.build_lib)) / "xformer_fast"
+            failure = package / "build_failure.txt"
+            failure.unlink(missing_ok=True)
+            reason = problem
+            if not reason:
+                try:
+                    return super().run()
+                except Exception as error:  # whatever the compiler or linker stumbled over
+                    if MODE == "require":
+                        raise
+                    reason = f"the build failed: {error}"
+            for stale in package.glob("*.so"):
+                stale.unlink()
+            package.mkdir(parents=True, exist_ok=True)
+            failure.write_text(f"{reason}\n")
+            print(f"xformer_fast: built without C++ kernels: {reason}", file=sys.stderr)
+
+    return Build
+
+
+def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
+    """`command`, but the operator library is linked with the kernels compiled once an instruction set."""
+    isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+    class Build(command):
+        def build_extension(self, extension):
+            if extension.name.endswith("_ops"):
+                extension.extra_objects = [object_ for isa in isas for object_ in self.kernel_objects(isa)]
+            super().build_extension(extension)
+
+        def kernel_objects(self, isa: str) -> list[str]:
+            return self.compiler.compile(
+                [str(CPU / name) for name in KERNEL_SOURCES],
+                output_dir=str(Path(self.build_temp) / isa),
+                include_dirs=[str(ROOT / CPU)],
+                extra_postargs={"cxx": [*KERNEL_FLAGS, *WARNINGS, *ISA_FLAGS[isa], f"-DXFORMER_FAST_ISA={isa}"]},
+                depends=HEADERS,
+            )
+
+        def get_ext_filename(self, name):  # the operators are no Python module: one file for every Python
+            return "xformer_fast/_ops.so" if name.endswith("_ops") else super().get_ext_filename(name)
+
+    return Build
+
+
+def extensions() -> tuple[list[Extension], type[build_ext]]:
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+
+    theirs = [f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())]  # spared our warnings
+    host_flags = ["-O2", "-std=c++17", "-fvisibility=hidden", *WARNINGS, *theirs]
+    operators = CppExtension(
+        "xformer_fast._ops",
+        [str(CPU / name) for name in LAUNCHER_SOURCES],
+        extra_compile_args={"cxx": [*host_flags, STABLE_ABI]},
+        depends=HEADERS,
+        py_limited_api=True,  # links no Python library
+    )
+    facts = Extension(
+        "xformer_fast._build",
+        ["csrc/module.cpp", str(CPU / "ceiling.cpp")],
+        language="c++",
+        extra_compile_args=host_flags,
+        extra_link_args=["-pthread"],
+        depends=HEADERS,
+    )
+    return [operators, facts], kernels_per_isa(BuildExtension.with_options(use_ninja=True))
+
+
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a venv's ninja
+problem = "XFORMER_FAST_BUILD=skip" if MODE == "skip" else missing_tool()
+if problem and MODE == "require":
+    raise SystemExit(f"xformer_fast: cannot build the C++ kernels: {problem}")
+modules, command = ([Extension("xformer_fast._ops", [])], build_ext) if problem else extensions()
+setup(ext_modules=modules, cmdclass={"build_ext": with_leave_to_fail(command, problem)})

@@ -1,0 +1,100 @@
+"""Which backend runs a call: a visible table an op, read top to bottom; no import-time swapping, no silent fallback."""
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES: dict[str, "Table"] = {}
+DEFAULT = os.environ.get("XFORMER_FAST_BACKEND") or None  # read once: a graph must not depend on the environment
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend asked for by name cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    missing(): why the backend cannot run here at all (not built, no such hardware), or None.
+    unsupported(call): why it cannot run this call, or None. Never looks at sequence lengths.
+    unproven(call): why it is not chosen by default for this call, though it runs when named, or None.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    missing: Callable[[], str | None]
+    unsupported: Callable[[Any], str | None]
+    unproven: Callable[[Any], str | None] = lambda call: None
+
+
+class Table:
+    """The backends of one op, in order of preference."""
+
+    def __init__(self, op: str, backends: list[Backend]):
+        self.op, self.backends = op, backends
+        self.usable = [backend for backend in backends if backend.missing() is None]
+        TABLES[op] = self
+
+    def names(self) -> list[str]:
+        return [backend.name for backend in self.backends]
+
+    def choose(self, call, name: str | None) -> Backend:
+        name = name or DEFAULT
+        if name is not None:
+            return self._named(call, name)
+        for backend in self.usable:
+            if backend.unsupported(call) is None and backend.unproven(call) is None:
+                return backend
+        raise BackendUnavailable(f"{self.op}: no backend runs this call: {self.reasons(call)}")
+
+    def _named(self, call, name: str) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                reason = backend.missing() or backend.unsupported(call)
+                if reason:
+                    raise BackendUnavailable(f"{self.op}: backend {name!r} cannot run this call: {reason}")
+                return backend
+        raise ValueError(f"backend must be one of {', '.join(self.names())} or None, got {name!r}")
+
+    def reasons(self, call) -> dict[str, str]:
+        """Backend name -> why it is not chosen by default for this call, "" where nothing is against it."""
+        return {b.name: b.missing() or b.unsupported(call) or b.unproven(call) or "" for b in self.backends}
+
+
+@functools.cache
+def build_problem() -> str | None:
+    """Why the C++ operators are not there, or None; loads them at the first call."""
+    folder = Path(__file__).parent
+    library = folder / "_ops.so"
+    if not library.exists():
+        failure = folder / "build_failure.txt"
+        return failure.read_text().strip() if failure.exists() else "the C++ kernels were not built"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+@functools.cache
+def proven() -> dict[str, dict]:
+    """What runs on GPUs have proved, {"op/backend": {...}}: proven.json, written by `make gpu-proof`."""
+    path = Path(__file__).parent / "proven.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,445 @@
+"""Softmax attention: `attention`, `scaled_dot_product_attention`, `varlen_attention`, and their table of backends."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..positions import DistanceBias, Rope, T5Bias
+from . import attention_operator as operator
+from . import checks
+
+
+@dataclass(slots=True)
+class Call:
+    """A checked call: what the user gave, in one value."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool | str
+    window: tuple[int, int] | None
+    key_lengths: Tensor | None
+    rope: Rope | None
+    alibi_slopes: Tensor | None
+    relative_bias: T5Bias | DistanceBias | None
+    sinks: Tensor | None
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    return_lse: bool
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    rope: Rope | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: T5Bias | DistanceBias | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+):
+    """softmax(Q K^T · scale + biases, masked) · V in linear memory, forward and backward.
+
+    Vaswani et al., "Attention Is All You Need" (2017); tiled as in Dao et al., "FlashAttention" (2022).
+
+    Args:
+        query: (B, Hq, Sq, D) float32, bfloat16, float16 (or float64: reference formula). Any strides; rows with a unit
+            last stride are read in place, so a (B, S, H, D) tensor is passed as `x.transpose(1, 2)` at no cost.
+        key, value: (B, Hkv, Sk, D) and (B, Hkv, Sk, Dv) of the same dtype; Hkv divides Hq, and query head h reads
+            KV head h // (Hq / Hkv).
+        mask: bool (True attends) or float (added; may require grad), broadcastable to (B, Hq, Sq, Sk).
+        causal: True keeps keys j <= p_i with p_i = i + Sk - Sq (the last query meets the last key); "top_left" uses
+            p_i = i, torch's rule, here and wherever p_i is named below.
+        window: (left, right) keeps p_i - left <= j <= p_i + right; -1 is no limit.
+        key_lengths: (B,) int32 or int64; keys at or past it are padding and never reach a result. Never moves p_i.
+        rope: rotates query (at p_i) and key (at j) inside the op.
+        alibi_slopes: (Hq,) or (B, Hq); adds -slope · |p_i - j|. May require grad.
+        relative_bias: T5Bias or DistanceBias, a bias of head and distance j - p_i, with gradient.
+        sinks: (Hq,); one more logit a head in the softmax denominator. May require grad.
+        scale: multiplies Q K^T; default 1/sqrt(D).
+        softcap: s becomes softcap · tanh(s / softcap), before biases.
+        dropout_p: drops attention weights and scales the rest by 1/(1 - p). Which ones depends on the seed, drawn by
+            torch.randint, and on the element's index alone, so that every backend drops the same.
+        return_lse: also return the log of the softmax denominator, (B, Hq, Sq) float32 (float64 for float64),
+            differentiable.
+        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+
+    Returns:
+        (B, Hq, Sq, Dv) in the query's dtype and memory order; with return_lse a pair. A query with no key left gives
+        zeros and an lse of -inf (or its sink).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        BackendUnavailable: the backend asked for cannot run this call.
+
+    >>> import torch, xformer_fast
+    >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
+    >>> xformer_fast.attention(q, k, v, causal=True, window=(63, 0)).shape
+    torch.Size([2, 8, 128, 64])
+    """
+    call = _dense_call(
+        query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, sinks, scale, softcap,
+        dropout_p, return_lse,
+    )  # fmt: skip
+    return TABLE.choose(call, backend).run(call)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` on the kernels of `attention`: same signature, same rules.
+
+    query (..., Hq, Sq, D), key and value (..., Hkv, Sk, D or Dv) of two to five dimensions, batch and heads broadcast
+    as torch broadcasts them; is_causal is top-left and may be given beside attn_mask (both apply); a float32 mask may
+    stand beside half inputs; a query that attends to nothing gives zeros. `enable_gqa` lets Hkv divide Hq.
+
+    >>> import torch, xformer_fast
+    >>> q = torch.randn(2, 8, 16, 64)
+    >>> xformer_fast.scaled_dot_product_attention(q, q, q, is_causal=True).shape
+    torch.Size([2, 8, 16, 64])
+    """
+    checks.check_tensors(query=query, key=key, value=value)
+    dims = query.dim()
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not 2 <= tensor.dim() <= 5:
+            raise ValueError(f"{name} must have two to five dimensions, got shape {tuple(tensor.shape)}")
+        dims = max(dims, tensor.dim())
+    if dims == 4 and query.dim() == key.dim() == value.dim() and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        q, k, v, lead = query, key, value, None
+    else:
+        q, k, v, lead = _broadcast_heads(query, key, value, dims, enable_gqa)
+    mask = attn_mask
+    if mask is not None:
+        checks.check_tensors(attn_mask=mask)
+        if mask.dim() > dims:
+            raise ValueError(f"attn_mask of shape {tuple(mask.shape)} has more dimensions than the inputs' {dims}")
+        if dims == 3 and mask.dim() == 3:
+            mask = mask[:, None]
+        elif dims == 5 and mask.dim() >= 4:
+            mask = mask.expand(*lead[:2] if mask.dim() == 5 else lead[1:2], *mask.shape[-3:])
+            mask = (mask if mask.dim() == 5 else mask.expand(lead[0], *mask.shape)).flatten(0, 1)
+    out = attention(q, k, v, mask=mask, causal="top_left" if is_causal else False, dropout_p=dropout_p, scale=scale)
+    if lead is None:
+        return out
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
+    """Brings two- to five-dimensional inputs to (B, H, S, D); also returns the leading shape of the result."""
+    tensors = [t.reshape((1,) * (dims - t.dim()) + t.shape) for t in (query, key, value)]
+    if dims == 2:
+        return *(t[None, None] for t in tensors), ()
+    if dims == 3:
+        batch = torch.broadcast_shapes(*(t.shape[:1] for t in tensors))
+        return *(t.expand(*batch, -1, -1)[:, None] for t in tensors), batch
+    heads = tensors[0].shape[-3]
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    if enable_gqa:
+        most = max(t.shape[-3] for t in tensors[1:])
+        if heads % most or any(most % t.shape[-3] for t in tensors[1:]):
+            raise ValueError(
+                f"enable_gqa: key and value heads {[t.shape[-3] for t in tensors[1:]]} must divide {heads}"
+            )
+        tensors[1:] = [t if t.shape[-3] == most else t.repeat_interleave(most // t.shape[-3], -3) for t in tensors[1:]]
+    else:
+        (heads,) = torch.broadcast_shapes(*(t.shape[-3:-2] for t in tensors))
+        tensors[0] = tensors[0].expand(*(-1,) * (dims - 3), heads, -1, -1)
+        if tensors[1].shape[-3] != tensors[2].shape[-3]:
+            tensors[1:] = [t.expand(*(-1,) * (dims - 3), heads, -1, -1) for t in tensors[1:]]
+    tensors = [t.expand(*batch, -1, -1, -1) for t in tensors]
+    return *(t.flatten(0, 1) if dims == 5 else t for t in tensors), (*batch, heads)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool | str = False,
+    window: tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    rope: Rope | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: T5Bias | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+):
+    """`attention` of packed sequences, each with itself alone and with positions of its own.
+
+    Args:
+        query: (Tq, Hq, D), the sequences one behind the other. key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to Tq and to Tk, never decreasing.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
+        relative_bias: T5Bias only (a DistanceBias has one length); not fused yet: the reference formula runs.
+        The rest as in `attention`; p_i = i + len_k - len_q inside each sequence.
+
+    Returns:
+        (Tq, Hq, Dv); with return_lse also (Hq, Tq).
+
+    >>> import torch, xformer_fast
+    >>> x, cu = torch.randn(30, 4, 32), torch.tensor([0, 10, 30], dtype=torch.int32)
+    >>> xformer_fast.varlen_attention(x, x, x, cu, cu, 20, 20, causal=True).shape
+    torch.Size([30, 4, 32])
+    """
+    call = _packed_call(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, key_lengths, rope,
+        alibi_slopes, relative_bias, sinks, scale, softcap, dropout_p, return_lse,
+    )  # fmt: skip
+    return TABLE.choose(call, backend).run(call)
+
+
+def explain(function: Callable, *args, **options) -> dict[str, str]:
+    """Backend -> why it would not be chosen for `attention(...)` or `varlen_attention(...)`; "" if nothing bars it."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    del bound.arguments["backend"]
+    build = _dense_call if function is attention else _packed_call
+    return TABLE.reasons(build(*bound.arguments.values()))
+
+
+def _dense_call(
+    query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *numbers
+) -> Call:
+    checks.check_qkv(query, key, value, "(B, H, S, D)")
+    batch, heads, len_q, _ = query.shape
+    len_k = key.shape[2]
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} has batch {tensor.shape[0]}, query has {batch}: they must be equal")
+    if mask is not None:
+        checks.check_mask(mask, batch, heads, len_q, len_k, query.device)
+    call = Call(query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *numbers)
+    call.max_seqlen_q, call.max_seqlen_k = len_q, len_k
+    _check_options(call, batch, heads)
+    return call
+
+
+def _packed_call(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, *options
+) -> Call:
+    checks.check_qkv(query, key, value, "(T, H, D)")
+    checks.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {offsets.dtype}")
+        if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.shape != cu_seqlens_q.shape:
+            raise ValueError(f"{name} must have shape (B + 1,), like cu_seqlens_q, got {tuple(offsets.shape)}")
+        checks.check_device(name, offsets, query.device)
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {length!r}")
+    call = Call(query, key, value, None, causal, window, *options)
+    call.cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
+    call.max_seqlen_q, call.max_seqlen_k = max_seqlen_q, max_seqlen_k
+    if isinstance(call.relative_bias, DistanceBias):
+        raise TypeError("relative_bias must be a T5Bias for packed sequences: a DistanceBias fits one length only")
+    _check_options(call, cu_seqlens_q.shape[0] - 1, query.shape[1])
+    return call
+
+
+def _check_options(call: Call, batch, heads):
+    device = call.query.device
+    checks.check_causal(call.causal)
+    checks.check_window(call.window)
+    checks.check_numbers(call.scale, call.softcap, call.dropout_p)
+    if call.key_lengths is not None:
+        checks.check_lengths("key_lengths", call.key_lengths, batch, device)
+    if call.alibi_slopes is not None:
+        checks.check_slopes(call.alibi_slopes, batch, heads, device)
+    if call.sinks is not None:
+        checks.check_sinks(call.sinks, heads, device)
+    if call.rope is not None:
+        if not hasattr(call.rope, "rotate"):
+            raise TypeError(f"rope must be an xformer_fast.Rope, got {type(call.rope).__name__}")
+        call.rope.check(call.query.shape[-1])
+    if call.relative_bias is not None:
+        if not hasattr(call.relative_bias, "values_for"):
+            raise TypeError(f"relative_bias must be a T5Bias or DistanceBias, got {type(call.relative_bias).__name__}")
+        if call.relative_bias.num_heads != heads:
+            raise ValueError(f"relative_bias has {call.relative_bias.num_heads} heads, query has {heads}")
+
+
+def run_reference(call: Call):
+    shared = ("causal", "window", "key_lengths", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
+    options = {name: getattr(call, name) for name in (*shared, "dropout_p", "return_lse")}
+    if call.cu_seqlens_q is None:
+        return reference.attention(call.query, call.key, call.value, mask=call.mask, rope=call.rope, **options)
+    query, key = call.query, call.key
+    if call.rope is not None:
+        query, key = _rotate_packed(call)
+    return reference.varlen_attention(query, key, call.value, call.cu_seqlens_q, call.cu_seqlens_k, **options)
+
+
+def _rotate_packed(call: Call):
+    return call.rope.rotate_packed(
+        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left"
+    )
+
+
+def kernel_runner(forward: Callable) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
+    """Runs a checked call on a registered operator: what kernels do not take is composed before it."""
+
+    def run(call: Call):
+        query, key, mask, causal = call.query, call.key, call.mask, call.causal
+        checks.refuse_forward_ad("attention", query, key, call.value, mask, call.alibi_slopes, call.sinks)
+        top_left = causal == "top_left"
+        if call.rope is not None:
+            if call.cu_seqlens_q is None:
+                query, key = call.rope.rotate(query, key, top_left=top_left)
+            else:
+                query, key = _rotate_packed(call)
+        if call.relative_bias is not None:
+            mask = _with_relative_bias(mask, call, top_left)
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
+            if mask.dtype == torch.float64:
+                mask = mask.float()
+            if (
+                mask.requires_grad and mask.shape[3] != key.shape[2]
+            ):  # a bias of the row alone: its gradient wants the sum
+                mask = mask.expand(-1, -1, -1, key.shape[2])
+        slopes, sinks = call.alibi_slopes, call.sinks
+        left, right = (-1, -1) if call.window is None else call.window
+        arguments = (
+            query,
+            key,
+            call.value,
+            mask,
+            call.key_lengths,
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
+            None if slopes is None else slopes.float(),
+            None if sinks is None else sinks.float().contiguous(),
+            reference.draw_seed(query.device) if call.dropout_p > 0 else None,
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            query.shape[-1] ** -0.5 if call.scale is None else float(call.scale),
+            float(call.softcap or 0.0),
+            float(call.dropout_p),
+            operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL,
+            left,
+            right,
+        )
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+            out, lse = forward(*arguments)
+        else:  # spares the operator's autograd wrapper, which is Python
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = forward(*arguments)
+        return (out, lse) if call.return_lse else out
+
+    return run
+
+
+def _any_requires_grad(arguments) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+def _with_relative_bias(mask, call: Call, top_left: bool) -> Tensor:
+    len_q, len_k = call.query.shape[2], call.key.shape[2]
+    values = call.relative_bias.values_for(len_q, len_k, top_left=top_left)
+    bias = reference.distance_matrix(values.float(), len_q, len_k)
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
+    if call.query.dtype == torch.float64:
+        return "float64 runs through the reference formula"
+    if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
+        return f"head_dim is at most {most_head_dim}"
+    if call.relative_bias is not None and call.cu_seqlens_q is not None:
+        return "relative_bias is not fused for packed sequences"
+    return None
+
+
+def _cpu_unsupported(call: Call) -> str | None:
+    if call.query.device.type != "cpu":
+        return f"tensors are on {call.query.device}, not on the CPU"
+    return _kernel_limits(call, 512)
+
+
+def _triton_unsupported(call: Call) -> str | None:
+    if call.query.device.type == "cuda":
+        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
+            return "the GPU is older than sm_80"
+    elif not (call.query.device.type == "cpu" and triton_interprets()):
+        return f"tensors are on {call.query.device}, not on a GPU"
+    return _kernel_limits(call, 256)
+
+
+def triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _triton_unproven(call: Call) -> str | None:
+    if call.query.device.type == "cpu":
+        return "the interpreter is for tests"
+    return None if "attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+
+
+def _triton_runner() -> Callable:
+    def forward(*arguments):
+        from ..kernels import attention as kernels
+
+        return kernels.forward(*arguments)
+
+    def backward(*arguments):
+        from ..kernels import attention_backward as kernels
+
+        return kernels.backward(*arguments)
+
+    keys = ("CUDA", "CPU") if triton_problem() is None else ("CUDA",)
+    operator.define("triton", forward, backward, keys)
+    return kernel_runner(operator.register("triton"))
+
+
+def _cpu_runner() -> Callable:
+    return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
+
+
+TABLE = Table(
+    "attention",
+    [
+        Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
+        Backend("reference", run_reference, lambda: None, lambda call: None),
+    ],
+)

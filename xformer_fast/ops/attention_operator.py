@@ -1,0 +1,157 @@
+"""What torch has to know about an attention operator: fake (meta) results, autograd, autocast.
+
+Every kernel backend registers the same pair, `xformer_fast::attention_<backend>` and `…_backward`, with one schema;
+each direction of a call crosses exactly one of them. A registered gradient of the backward makes double backward work
+in eager mode: it recomputes through the reference formula.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+OPTIONS = (
+    "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
+    "Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, "
+    "float dropout_p, int causal, SymInt window_left, SymInt window_right"
+)
+FORWARD_SCHEMA = f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{OPTIONS}, bool need_mask_grad, bool need_alibi_grad, bool need_sinks_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+NOT_CAUSAL, BOTTOM_RIGHT, TOP_LEFT = 0, 1, 2
+_LIBRARY = torch.library.Library("xformer_fast", "FRAGMENT")
+
+
+def define(backend: str, forward=None, backward=None, keys=("CUDA", "CPU")):
+    """Defines the pair for a backend whose kernels are launched from Python (C++ defines its own)."""
+    for name, schema, function in (
+        (f"attention_{backend}", FORWARD_SCHEMA, forward),
+        (f"attention_{backend}_backward", BACKWARD_SCHEMA, backward),
+    ):
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in keys:
+            _LIBRARY.impl(name, function, key)
+
+
+def register(backend: str):
+    """Registers fake, autograd and autocast rules of a defined pair and returns the forward operator."""
+    forward = getattr(torch.ops.xformer_fast, f"attention_{backend}").default
+    backward = getattr(torch.ops.xformer_fast, f"attention_{backend}_backward").default
+    torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
+
+    def first_order(ctx, grad_out, grad_lse):
+        query, key, value, out, lse, *auxiliary = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (3, 7, 8)]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = backward(grad_out, grad_lse, query, key, value, out, lse, *auxiliary, *ctx.numbers, *needs)
+        mask, alibi_slopes, sinks = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
+        return *grads[:3], mask, None, None, None, alibi_slopes, sinks, *[None] * 10
+
+    torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
+    torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
+    for device in ("cpu", "cuda"):
+        _register_autocast(forward, device)
+    return forward
+
+
+def in_order_of(like: Tensor, last) -> Tensor:
+    """An empty result with the memory order of `like`, and `last` channels."""
+    if like.dim() == 4 and like.stride(1) < like.stride(2):
+        batch, heads, length = like.shape[:3]
+        return like.new_empty(batch, length, heads, last).transpose(1, 2)
+    return like.new_empty(*like.shape[:-1], last)
+
+
+def _forward_fake(query, key, value, *options):
+    rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return in_order_of(query, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
+
+
+def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *options):
+    mask, alibi_slopes, sinks = options[0], options[4], options[5]
+    needs = options[-3:]
+    rest = [
+        like.new_empty(like.shape) if need else query.new_empty(0, dtype=torch.float32)
+        for like, need in zip((mask, alibi_slopes, sinks), needs, strict=True)
+    ]
+    return (*(in_order_of(t, t.shape[-1]) for t in (query, key, value)), *rest)
+
+
+def _save_forward(ctx, inputs, output):
+    query, key, value, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, *options[:7])
+    ctx.numbers = options[7:]
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.tensor_places, ctx.inputs = tensors, [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(inputs[i] for i in tensors))
+
+
+def _second_order(ctx, *grad_grads):
+    """Vector-Jacobian product of the backward, recomputed through the reference: materialises the scores."""
+    inputs = list(ctx.inputs)
+    for place, tensor in zip(ctx.tensor_places, ctx.saved_tensors, strict=True):
+        inputs[place] = tensor
+    grad_out, grad_lse, query, key, value, _, _, *options = inputs
+    (mask, key_lengths, cu_q, cu_k, alibi_slopes, sinks, seed, _, _, scale, softcap, dropout_p, causal, left, right) = (
+        options[:15]
+    )
+    names = ("query", "key", "value", "mask", "alibi_slopes", "sinks", "grad_out", "grad_lse")
+    tensors = (query, key, value, mask, alibi_slopes, sinks, grad_out, grad_lse)
+    leaves = {
+        n: t.detach().requires_grad_()
+        for n, t in zip(names, tensors, strict=True)
+        if t is not None and t.is_floating_point()
+    }
+    with torch.enable_grad():
+        keywords = {
+            "key_lengths": key_lengths, "alibi_slopes": leaves.get("alibi_slopes"), "sinks": leaves.get("sinks"),
+            "causal": (False, True, "top_left")[causal], "window": (left, right), "scale": scale, "softcap": softcap,
+            "dropout_p": dropout_p, "dropout_seed": seed, "return_lse": True,
+        }  # fmt: skip
+        qkv = leaves["query"], leaves["key"], leaves["value"]
+        if query.dim() == 4:
+            out, lse = reference.attention(*qkv, mask=leaves.get("mask", mask), **keywords)
+        else:
+            out, lse = reference.varlen_attention(*qkv, cu_q, cu_k, **keywords)
+        outputs, weights = [out], [leaves["grad_out"]]
+        if grad_lse is not None:
+            outputs.append(lse.masked_fill(lse.isinf(), 0).to(leaves["grad_lse"].dtype))
+            weights.append(leaves["grad_lse"])
+        wanted = [(leaves[n], g) for n, g in zip(names, grad_grads, strict=False) if n in leaves and g is not None]
+        if not wanted:
+            return (None,) * len(ctx.inputs)
+        first = torch.autograd.grad(
+            outputs, [t for t, _ in wanted], weights, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        pairs = [(f, g) for f, (_, g) in zip(first, wanted, strict=True) if f.requires_grad]
+        second = torch.autograd.grad(
+            [f for f, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
+        ) if pairs else [None] * len(leaves)  # fmt: skip
+    grads = dict(zip(leaves, second, strict=True))
+    at = {"grad_out": 0, "grad_lse": 1, "query": 2, "key": 3, "value": 4, "mask": 7, "alibi_slopes": 11, "sinks": 12}
+    result = [None] * len(ctx.inputs)
+    for name, grad in grads.items():
+        if ctx.needs_input_grad[at[name]]:
+            result[at[name]] = grad
+    return tuple(result)
+
+
+def _register_autocast(forward, device: str):
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    excluded = torch._C.DispatchKeySet(key)
+
+    def autocast(query, key, value, *options):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return forward(*(t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)), *options)
+
+    _LIBRARY.impl(forward, autocast, "AutocastCPU" if device == "cpu" else "AutocastCUDA")

@@ -1,0 +1,122 @@
+"""Argument checks that ops share: ValueError or TypeError, naming the argument, what it was and what it must be."""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(**tensors):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str):
+    """Types, devices, head counts and head dims of query, key and value; `layout` is "(B, H, S, D)" or "(T, H, D)"."""
+    check_tensors(query=query, key=key, value=value)
+    q, k, v, dims = query.shape, key.shape, value.shape, layout.count(",") + 1
+    for name, tensor, shape in (("query", query, q), ("key", key, k), ("value", value, v)):
+        if len(shape) != dims:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{name} is {tensor.dtype}, query is {query.dtype}: outside autocast they must be equal")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: they must share a device")
+    heads, sequence = 1, (2 if dims == 4 else 0)
+    if k[heads] != v[heads]:
+        raise ValueError(f"value has {v[heads]} heads, key has {k[heads]}: they must be equal")
+    if q[heads] < 1 or k[heads] < 1 or q[heads] % k[heads]:
+        raise ValueError(f"key has {k[heads]} heads; they must divide the query's {q[heads]}")
+    if q[-1] != k[-1]:
+        raise ValueError(f"key has head_dim {k[-1]}, query has {q[-1]}: they must be equal")
+    if q[-1] < 1 or v[-1] < 1:
+        raise ValueError(f"query and value must have head_dim >= 1, got {q[-1]} and {v[-1]}")
+    if k[sequence] != v[sequence]:
+        raise ValueError(f"value has {v[sequence]} keys, key has {k[sequence]}: they must be equal")
+
+
+def check_causal(causal):
+    if not (causal is True or causal is False or causal == "top_left"):
+        raise ValueError(f'causal must be False, True or "top_left", got {causal!r}')
+
+
+def check_window(window):
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window must be None or (left, right), got {window!r}")
+    for side in window:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"window must hold two ints, got {window!r}")
+        if side < -1:
+            raise ValueError(f"window must hold lengths >= 0, or -1 for no limit, got {window!r}")
+
+
+def check_lengths(name: str, lengths, batch, device):
+    check_tensors(**{name: lengths})
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(lengths.shape)}")
+    check_device(name, lengths, device)
+
+
+def check_device(name: str, tensor: Tensor, device):
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, query on {device}: they must share a device")
+
+
+def check_float(name: str, tensor):
+    check_tensors(**{name: tensor})
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}")
+
+
+def check_mask(mask, batch, heads, len_q, len_k, device):
+    check_tensors(mask=mask)
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+        raise TypeError(f"mask must be bool (True attends) or float (added), got {mask.dtype}")
+    check_device("mask", mask, device)
+    full = (batch, heads, len_q, len_k)
+    if mask.dim() > 4 or any(m != 1 and m != n for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"mask of shape {tuple(mask.shape)} must broadcast to (B, Hq, Sq, Sk) = {tuple(full)}")
+
+
+def check_slopes(slopes, batch, heads, device):
+    check_float("alibi_slopes", slopes)
+    check_device("alibi_slopes", slopes, device)
+    if slopes.shape != (heads,) and slopes.shape != (batch, heads):
+        raise ValueError(f"alibi_slopes must be ({heads},) or ({batch}, {heads}), got {tuple(slopes.shape)}")
+
+
+def check_sinks(sinks, heads, device):
+    check_float("sinks", sinks)
+    check_device("sinks", sinks, device)
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks must be ({heads},), got {tuple(sinks.shape)}")
+
+
+def check_numbers(scale, softcap, dropout_p):
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if number is None and name != "dropout_p":
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite (0 or None: none), got {softcap}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+
+
+def refuse_forward_ad(op: str, *tensors):
+    """A registered operator would return zero tangents without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f'{op}: forward-mode AD is not implemented by the kernels; use backend="reference"')

@@ -1,0 +1,170 @@
+"""The naive formulas: plain torch, float64-clean, differentiable, one short function an op.
+
+They are the truth that tests and benchmarks share, and the backend that runs where no kernel does. They materialise
+every score. Half inputs multiply in their own dtype and take the softmax in float32, as eager models do.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask=None,
+    causal=False,
+    window=None,
+    key_lengths=None,
+    rope=None,
+    alibi_slopes=None,
+    relative_bias=None,
+    sinks=None,
+    scale=None,
+    softcap=None,
+    dropout_p=0.0,
+    return_lse=False,
+    dropout_seed=None,
+    first_batch=0,
+):
+    """softmax(rope(Q) rope(K)^T · scale + biases, masked) · V, with the arguments of `xformer_fast.attention`.
+
+    `dropout_seed`: one-element int64 tensor, drawn from torch's generator if None. `first_batch`: the batch index of
+    element 0 in the dropout stream (varlen counts its sequences with it).
+    """
+    (_, heads, len_q, dim), (kv_heads, len_k) = query.shape, key.shape[1:3]
+    top_left = causal == "top_left"
+    p, j = key_positions_of_queries(len_q, len_k, top_left, query.device), torch.arange(len_k, device=query.device)
+    if rope is not None:
+        query, key = rope.rotate(query, key, top_left=top_left)
+    keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
+    if causal:
+        keep = keep & (j <= p)
+    left, right = (-1, -1) if window is None else window
+    if left >= 0:
+        keep = keep & (j >= p - left)
+    if right >= 0:
+        keep = keep & (j <= p + right)
+    if key_lengths is not None:
+        inside = (j < key_lengths.to(query.device)[:, None])[:, None]  # (B, 1, Sk)
+        keep = keep & inside[:, None]
+        key, value = (t.masked_fill(~inside[..., None], 0) for t in (key, value))  # padding may hold NaN
+
+    group = heads // kv_heads
+    scores = query.unflatten(1, (kv_heads, group)) @ key[:, :, None].mT  # (B, Hkv, group, Sq, Sk)
+    scores = scores.flatten(1, 2).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None].to(scores.dtype) * (p - j).abs()
+    if relative_bias is not None:
+        values = relative_bias.values_for(len_q, len_k, top_left=top_left)
+        scores = scores + distance_matrix(values, len_q, len_k).to(scores.dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        keep = keep & mask
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~keep, float("-inf"))
+
+    sink = None if sinks is None else sinks.to(scores.dtype)[:, None]  # (Hq, 1)
+    top = scores.detach().amax(-1) if len_k else torch.full_like(scores.sum(-1), float("-inf"))
+    if sink is not None:
+        top = torch.maximum(top, sink.detach())
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(scores - top[..., None])
+    denominator = weights.sum(-1)
+    if sink is not None:
+        denominator = denominator + torch.exp(sink - top)
+    empty = denominator == 0
+    denominator = denominator.masked_fill(empty, 1.0)
+    lse = (top + denominator.log()).masked_fill(empty, float("-inf"))
+    weights = weights / denominator[..., None]
+    if dropout_p > 0:
+        seed = draw_seed(query.device) if dropout_seed is None else dropout_seed
+        kept = dropout_mask(seed, dropout_p, query.shape[0], heads, len_q, len_k, first_batch=first_batch)
+        weights = weights * kept / (1.0 - dropout_p)
+    out = weights.to(value.dtype).unflatten(1, (kv_heads, group)) @ value[:, :, None]
+    return (out.flatten(1, 2), lse) if return_lse else out.flatten(1, 2)
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, alibi_slopes=None, key_lengths=None, **options):
+    """`attention` of each packed sequence on its own: query (T, Hq, D), cu_seqlens (B + 1). lse is (Hq, T)."""
+    return_lse = options.pop("return_lse", False)
+    seed = options.pop("dropout_seed", None)
+    if options.get("dropout_p", 0.0) > 0 and seed is None:
+        seed = draw_seed(query.device)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [query.new_empty(0, query.shape[1], value.shape[2])], []
+    for b in range(len(starts_q) - 1):
+        q = query[starts_q[b] : starts_q[b + 1]]
+        k, v = (t[starts_k[b] : starts_k[b + 1]] for t in (key, value))
+        out, lse = attention(
+            *(t.transpose(0, 1)[None] for t in (q, k, v)),
+            key_lengths=None if key_lengths is None else key_lengths[b : b + 1],
+            alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
+            return_lse=True,
+            dropout_seed=seed,
+            first_batch=b,
+            **options,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    out = torch.cat(outs)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.cat(lses, 1) if lses else query.new_empty(query.shape[1], 0, dtype=lse_dtype)
+    return (out, lse) if return_lse else out
+
+
+def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
+    """p_i, the position at which query i stands among the keys, as a column (Sq, 1)."""
+    return torch.arange(len_q, device=device)[:, None] + (0 if top_left else len_k - len_q)
+
+
+def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
+    """(Hq, Sq + Sk - 1) numbers by distance, gathered to (Hq, Sq, Sk): entry (i, j) is values[j - i + Sq - 1]."""
+    i, j = torch.arange(len_q, device=values.device)[:, None], torch.arange(len_k, device=values.device)
+    return values[:, j - i + (len_q - 1)]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved=False) -> Tensor:
+    """Rotates the first R of D channels: pairs (x_k, x_{k+R/2}), interleaved (x_2k, x_2k+1); cos, sin (…, S, R/2).
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021). Computed in float32 or better.
+    """
+    rotary = 2 * cos.shape[-1]
+    head, tail = x[..., :rotary].to(torch.promote_types(x.dtype, cos.dtype)), x[..., rotary:]
+    pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
+    a, b = pairs.unbind(-1)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+    turned = turned if interleaved else turned.transpose(-1, -2)
+    return torch.cat((turned.flatten(-2).to(x.dtype), tail), -1)
+
+
+def draw_seed(device) -> Tensor:
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(seed: Tensor, p: float, batch, heads, len_q, len_k, *, first_batch=0) -> Tensor:
+    """The keep bits (B, H, Sq, Sk): Philox4x32-10 of key `seed` and counter (j // 4, i, b*H + h, 0), word j % 4.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    """
+    low = 0xFFFFFFFF
+    seed = seed.reshape(())
+    k0, k1 = seed & low, (seed >> 32) & low
+
+    def axis(n, start=0):
+        return torch.arange(start, start + n, device=seed.device)
+
+    c0 = axis((len_k + 3) // 4)
+    c1 = axis(len_q)[:, None].expand(-1, c0.shape[0])
+    c2 = axis(batch * heads, first_batch * heads)[:, None, None].expand(-1, *c1.shape)
+    c0, c1, c3 = c0.expand_as(c2), c1.expand_as(c2), torch.zeros_like(c2)
+    for _ in range(10):  # int64 products wrap; their 64 bits are the unsigned ones
+        m0, m1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (m1 >> 32 & low) ^ c1 ^ k0, m1 & low, (m0 >> 32 & low) ^ c3 ^ k1, m0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    words = torch.stack((c0, c1, c2, c3), -1).flatten(-2)[..., :len_k]
+    return (words >= int(p * 2**32)).unflatten(0, (batch, heads))
