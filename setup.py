@@ -1,11 +1,12 @@
 """Builds csrc/ with ninja through torch's extension tooling, and nothing else.
 
 Two libraries: `xformer_fast/_ops.so`, the operators, on LibTorch's stable ABI (torch 2.11 and later, no Python
-symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU facts. The kernels in csrc/cpu are compiled once an
-instruction set and linked together; the best one is chosen at run time.
+symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU facts. The kernels in csrc/cpu are
+compiled once an instruction set and linked together; the best one is chosen at run time.
 
-Where the build tools are missing or fail, the install still succeeds and leaves `build_failure.txt` in the package, which
-`xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure (and any compiler warning) fatal, =skip builds nothing.
+Where the build tools are missing or fail, the install still succeeds and writes `xformer_fast/build_failure.txt`,
+which `xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure fatal, XFORMER_FAST_BUILD=skip builds
+nothing.
 """
 
 import os
@@ -96,7 +97,7 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
             )
 
         def get_ext_filename(self, name):  # the operators are no Python module: one file for every Python
-            return "xformer_fast/_ops.so" if name.endswith("_ops") else super().get_ext_filename(name)
+            return name.replace(".", "/") + ".so" if name.endswith("_ops") else super().get_ext_filename(name)
 
     return Build
 

@@ -39,7 +39,8 @@ def info() -> str:
         f"xformer_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"GPU: {gpu}",
         f"C++ kernels: {build_info.compiler() or 'not built'}; "
-        f"instruction sets: {', '.join(build_info.isa_levels()) or '-'}; this CPU: {build_info.cpu_isa() or '-'}; in use: {build_info.selected_isa() or '-'}",
+        f"instruction sets: {', '.join(build_info.isa_levels()) or '-'}; "
+        f"this CPU: {build_info.cpu_isa() or '-'}; in use: {build_info.selected_isa() or '-'}",
         "",
         f"{'op':<12}{'backend':<12}state",
     ]
