@@ -1,0 +1,417 @@
+// Softmax attention backward on a CPU. With the scores s_ij and the log-sum-exp of the forward, for every kept pair (i, j):
+//
+//   P_ij  = exp(s_ij - lse_i)                       dP_ij = grad_out_i . v_j          (both dropped where the forward dropped)
+//   dS_ij = P_ij (dP_ij - delta_i)                  delta_i = grad_out_i . out_i - grad_lse_i
+//   dv_j += P_ij grad_out_i    dk_j += scale dS_ij q_i    dq_i += scale dS_ij k_j     (dS times 1 - tanh^2 under a softcap)
+//
+// Three runs over the pool:
+//   1. row statistics   -lse log2(e) and delta of every query row.
+//   2. key ranges       A task owns a range of one KV head's keys and walks it in blocks that stay in the L2 cache: packed
+//                       keys and values, float32 dk and dv. Past each block stream the query blocks of the head's group.
+//                       Score tiles are held as in the forward, S^T: rows are keys, lanes are queries. The five products
+//                       are tile products (microkernels.h); only query-side operands are transposed, once a block pair.
+//                       dq of the range is summed in a float32 workspace.
+//   3. gather           dq of the ranges, summed in a fixed order, scaled and rounded; sums for sinks and ALiBi slopes.
+//
+// The number of ranges comes from the shape alone (at most kMaxSplits), so that results have the same bits for any number
+// of threads; ranges are cut to equal work under causal and window limits. Block pairs outside the limits, the window or
+// the key length are never visited, and only tiles on an edge are masked. Where a mask that wants a gradient is broadcast,
+// everything that shares its elements is one task, walked in order.
+//
+// With AVX512_BF16, bfloat16 operands are multiplied as they are, P and dS rounded to bfloat16; every other type is
+// converted to float32 when packed. All sums are float32, rounded once at the end.
+//
+// Workspace: kMaxSplits float32 copies of grad_query at most, and two floats a query row.
+#include "attention_backward_tiles.h"
+
+namespace xformer_fast {
+namespace XFORMER_FAST_ISA {
+namespace {
+
+constexpr int64_t kMaxSplits = 8;
+constexpr int64_t kTasksWanted = 32;
+constexpr int64_t kKeyUnit = 64;             // ranges and blocks of keys are multiples of it
+constexpr int64_t kKeysPerSplit = 256;       // at least
+constexpr int64_t kKeysPerBlock = 512;       // at most
+constexpr int64_t kBlockBytes = 512 * 1024;  // of packed keys and values with their gradients: half of an L2 cache
+constexpr int64_t kTileKeys = 128;           // keys of a score tile
+constexpr int64_t kEdgeKeys = 32;            // and of one that a limit cuts through
+constexpr int64_t kRowsPerTask = 256;        // query rows a task of the first and the last run
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// Fields that depend on the shape alone, and the workspaces.
+struct Plan {
+  const Attention& a;
+  const AttentionGrad& g;
+  int64_t rows = 0;                   // query rows of all sequences and heads
+  int64_t width = 0, width_v = 0;     // head dims in whole vectors
+  int64_t block_k = 0, splits = 1;    // keys of a block, ranges of keys
+  int64_t tasks_b = 0, tasks_h = 0;   // key tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them together
+  float* neg_lse = nullptr;     // (rows), times log2(e); -inf for a row without keys
+  float* delta = nullptr;       // (rows)
+  float* grad_query = nullptr;  // (splits, rows, width)
+  float* grad_alibi = nullptr;  // (splits, batch, heads_q)
+
+  int64_t row0(int64_t b, int64_t h) const {
+    return a.cu_seqlens_q ? h * a.cu_seqlens_q[a.batch] + a.cu_seqlens_q[b] : (b * a.heads_q + h) * a.seqlen_q;
+  }
+
+  // Queries that keep some key of [begin, end).
+  Range queries_of(int64_t b, Range keys) const {
+    if (keys.empty()) return {0, 0};
+    const int64_t shift = a.shift(b);
+    return {max_of(0, keys.begin - a.right - shift), min_of(a.len_q(b), keys.end + a.left - shift)};
+  }
+  // The part of [0, len_k) that one split owns: units of keys, weighed by their queries.
+  Range keys_of(int64_t b, int64_t split) const {
+    const int64_t len = a.len_k(b), units = (len + kKeyUnit - 1) / kKeyUnit;
+    if (splits == 1) return {0, len};
+    auto weight = [&](int64_t u) {
+      const Range q = queries_of(b, {u * kKeyUnit, min_of(len, (u + 1) * kKeyUnit)});
+      return q.empty() ? int64_t(1) : q.end - q.begin + 1;
+    };
+    int64_t total = 0, sum = 0, first = units, last = units;
+    for (int64_t u = 0; u < units; ++u) total += weight(u);
+    for (int64_t u = 0; u < units; ++u) {  // a unit belongs to the split in which its weight begins
+      const int64_t owner = sum * splits / total;
+      if (owner >= split && first == units) first = u;
+      if (owner > split) {
+        last = u;
+        break;
+      }
+      sum += weight(u);
+    }
+    return {min_of(len, first * kKeyUnit), min_of(len, last * kKeyUnit)};
+  }
+};
+
+// ---- 1. row statistics ----
+
+template <class T>
+void row_statistics(void* context, int64_t task, char*) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const Attention& a = p.a;
+  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t b = task / chunks / a.heads_q, h = task / chunks % a.heads_q;
+  const int64_t begin = task % chunks * kRowsPerTask, end = min_of(a.len_q(b), begin + kRowsPerTask);
+  const int64_t lse0 = b * a.lse_batch + h * a.lse_head + a.query_row0(b), row0 = p.row0(b, h);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i);
+    const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i);
+    const float lse = a.lse[lse0 + i];
+    const bool dead = lse == -kInfinity || lse == kInfinity;
+    Vec sum = zero();
+    int64_t d = 0;
+    for (; d + kLanes <= a.head_dim_v; d += kLanes) sum = load(out + d) * load(grad + d) + sum;
+    if (d < a.head_dim_v) sum = load(out + d, int(a.head_dim_v - d)) * load(grad + d, int(a.head_dim_v - d)) + sum;
+    p.neg_lse[row0 + i] = dead ? -kInfinity : -lse * kLog2e;
+    p.delta[row0 + i] = dead ? 0.f : reduce_add(sum) - (p.g.grad_lse ? p.g.grad_lse[lse0 + i] : 0.f);
+  }
+}
+
+// ---- 2. key ranges ----
+
+// One block of keys in a thread's scratch, and the walk of the queries past it.
+template <class T>
+class KeyBlock {
+ public:
+  using Op = Operand<T>;
+
+  static size_t scratch_bytes(const Plan& p) {
+    return KeyBlock(p, Arena(nullptr)).arena_bytes_;
+  }
+  KeyBlock(const Plan& p, Arena arena) : p_(p), a_(p.a) {
+    stage_ = round_up(a_.head_dim, kLanes * kStep<Op>);
+    stage_v_ = round_up(a_.head_dim_v, kLanes * kStep<Op>);
+    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the scale waits for the exponent; masked -inf must stay
+    exponent_scale_ = score_pass_ ? kLog2e : a_.scale * kLog2e;
+    const bool pairs = kStep<Op> == 2;
+    key_ = arena.take<Op>(p.block_k * stage_);
+    value_ = arena.take<Op>(p.block_k * stage_v_);
+    key_rows_ = pairs ? arena.take<Op>(p.block_k * p.width) : key_;
+    grad_key_ = arena.take<float>(p.block_k * p.width);
+    grad_value_ = arena.take<float>(p.block_k * p.width_v);
+    staged_ = pairs ? arena.take<Op>(kBlockQ<Op> * max_of(stage_, stage_v_)) : nullptr;
+    query_t_ = arena.take<Op>(kBlockQ<Op> * stage_);
+    grad_out_t_ = arena.take<Op>(kBlockQ<Op> * stage_v_);
+    query_ = arena.take<Op>(kBlockQ<Op> * stage_);
+    grad_out_ = arena.take<Op>(kBlockQ<Op> * stage_v_);
+    neg_lse_ = arena.take<float>(kBlockQ<Op>);
+    delta_ = arena.take<float>(kBlockQ<Op>);
+    tile_.scores = arena.take<float>(kTileKeys * kBlockQ<Op>);
+    tile_.grad = arena.take<float>(kTileKeys * kBlockQ<Op>);
+    tile_.factor = a_.softcap > 0 ? arena.take<float>(kTileKeys * kBlockQ<Op>) : nullptr;
+    tile_.dropout = a_.dropout_p > 0 ? arena.take<float>(kTileKeys * kBlockQ<Op>) : nullptr;
+    tile_.p = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : reinterpret_cast<Op*>(tile_.scores);
+    tile_.ds = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : reinterpret_cast<Op*>(tile_.grad);
+    tile_.ds_pairs = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : tile_.ds;
+    arena_bytes_ = arena.bytes();
+  }
+
+  // All keys of one split of (batch, KV head).
+  void run(int64_t b, int64_t head_kv, int64_t split) {
+    b_ = b, head_kv_ = head_kv, split_ = split;
+    const Range keys = p_.keys_of(b, split);
+    const int64_t len = keys.end - keys.begin, group = a_.heads_q / a_.heads_kv;
+    const int64_t blocks = max_of(1, (len + p_.block_k - 1) / p_.block_k);
+    const int64_t step = round_up((len + blocks - 1) / blocks, kKeyUnit);
+    if (p_.grad_alibi)
+      for (int64_t h = 0; h < group; ++h) grad_alibi(head_kv * group + h) = 0.f;
+    int64_t started = 0;  // rows of dq below it hold a sum already
+    for (int64_t j = keys.begin; j < keys.end; j += step) {
+      key0_ = j;
+      count_ = min_of(step, keys.end - j);
+      kept_ = max_of(0, min_of(count_, a_.key_limit(b) - j));
+      const Range queries = p_.queries_of(b, {j, j + kept_});
+      if (!queries.empty()) {
+        load_keys();
+        const int64_t first = queries.begin / kBlockQ<Op> * kBlockQ<Op>;
+        for (int64_t h = 0; h < group; ++h)
+          for (int64_t q = first; q < queries.end; q += kBlockQ<Op>) visit(head_kv * group + h, q, q >= started);
+        started = max_of(started, round_up(queries.end, kBlockQ<Op>));
+      }
+      store_rows(p_.g.grad_key, a_.head_dim, grad_key_, p_.width, queries.empty() ? 0 : kept_, a_.scale);
+      store_rows(p_.g.grad_value, a_.head_dim_v, grad_value_, p_.width_v, queries.empty() ? 0 : kept_, 1.f);
+    }
+  }
+
+ private:
+  void load_keys() {
+    const int64_t row = a_.key_row0(b_) + key0_, padded = round_up(kept_, kStep<Op>);
+    pack_rows(row_of<const T>(a_.key, b_, head_kv_, row), a_.key.row, kept_, padded, a_.head_dim, key_, stage_);
+    pack_rows(row_of<const T>(a_.value, b_, head_kv_, row), a_.value.row, kept_, padded, a_.head_dim_v, value_, stage_v_);
+    #if defined(XF_BF16_DOT)
+    if constexpr (kStep<Op> == 2) interleave_row_pairs(key_, stage_, padded, p_.width, key_rows_);
+#endif
+    __builtin_memset(grad_key_, 0, size_t(kept_ * p_.width) * sizeof(float));
+    __builtin_memset(grad_value_, 0, size_t(kept_ * p_.width_v) * sizeof(float));
+  }
+
+  void store_rows(const View& grad, int64_t dim, const float* sums, int64_t width, int64_t kept, float scale) {
+    for (int64_t j = 0; j < count_; ++j)
+      store_row(row_of<T>(grad, b_, head_kv_, a_.key_row0(b_) + key0_ + j), dim,
+                j < kept ? sums + j * width : nullptr, scale);
+  }
+
+  float& grad_alibi(int64_t head) { return p_.grad_alibi[(split_ * a_.batch + b_) * a_.heads_q + head]; }
+
+  void visit(int64_t head, int64_t q0, bool first) {
+    const int64_t rows = min_of(kBlockQ<Op>, a_.len_q(b_) - q0), row0 = p_.row0(b_, head) + q0;
+    for (int64_t i = 0; i < kBlockQ<Op>; ++i) {
+      neg_lse_[i] = i < rows ? p_.neg_lse[row0 + i] : -kInfinity;
+      delta_[i] = i < rows ? p_.delta[row0 + i] : 0.f;
+    }
+    const int64_t row = a_.query_row0(b_) + q0;
+    pack_queries(row_of<const T>(a_.query, b_, head, row), a_.query.row, rows, a_.head_dim, query_t_, query_);
+    pack_queries(row_of<const T>(p_.g.grad_out, b_, head, row), p_.g.grad_out.row, rows, a_.head_dim_v, grad_out_t_,
+                 grad_out_);
+    float* grad_query = p_.grad_query + (split_ * p_.rows + row0) * p_.width;
+    if (first) __builtin_memset(grad_query, 0, size_t(rows * p_.width) * sizeof(float));
+
+    const int64_t shift = a_.shift(b_);
+    for (int64_t j = 0, n; j < kept_; j += n) {
+      n = min_of(kTileKeys, kept_ - j);
+      if (!all_kept(q0, rows, key0_ + j, n, shift)) n = min_of(n, kEdgeKeys);
+      const Range kept = p_.queries_of(b_, {key0_ + j, key0_ + j + n});
+      const int64_t begin = max_of(0, kept.begin - q0) / kLanes * kLanes;
+      const int64_t end = round_up(min_of(rows, kept.end - q0), kLanes);
+      if (begin < end) tile(head, q0, rows, j, n, {begin, end}, grad_query);
+    }
+  }
+
+  // Query-side rows as the operand that is reduced over the head dim, and as the one that is reduced over queries.
+  void pack_queries(const T* in, int64_t stride, int64_t rows, int64_t dim, Op* transposed, Op* out) {
+    const int64_t padded = round_up(rows, kLanes), width = round_up(dim, kLanes);
+    if constexpr (kStep<Op> == 1) {
+      pack_rows(in, stride, rows, padded, dim, out, width, neg_lse_);
+      pack_transposed(out, width, padded, dim, 1.f, transposed, kBlockQ<Op>);
+    }
+#if defined(XF_BF16_DOT)
+    if constexpr (kStep<Op> == 2) {
+      const int64_t stage = round_up(dim, 2 * kLanes);
+      pack_rows(in, stride, rows, padded, dim, staged_, stage, neg_lse_);
+      pack_transposed_pairs(staged_, stage, padded, dim, transposed, 2 * kBlockQ<Op>);
+      interleave_row_pairs(staged_, stage, padded, width, out);
+    }
+#endif
+  }
+
+  bool all_kept(int64_t q0, int64_t rows, int64_t key, int64_t n, int64_t shift) const {
+    return key + n - 1 <= q0 + shift + a_.right && key >= q0 + rows - 1 + shift - a_.left;
+  }
+
+  // Keys [j, j + n) of the block against lanes of the query block at q0.
+  void tile(int64_t head, int64_t q0, int64_t rows, int64_t j, int64_t n, Range lanes, float* grad_query) {
+    const int64_t width = lanes.end - lanes.begin, ld = kBlockQ<Op>, at = lanes.begin;
+    const int64_t depth = (a_.head_dim + kStep<Op> - 1) / kStep<Op>, depth_v = (a_.head_dim_v + kStep<Op> - 1) / kStep<Op>;
+    product(n, width, depth, key_ + j * stage_, stage_, kStep<Op>, query_t_ + at * kStep<Op>, ld * kStep<Op>,
+            tile_.scores + at, ld, Start::overwrite);
+    product(n, width, depth_v, value_ + j * stage_v_, stage_v_, kStep<Op>, grad_out_t_ + at * kStep<Op>, ld * kStep<Op>,
+            tile_.grad + at, ld, Start::overwrite);
+
+    const ScoreTile scores{tile_.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_)};
+    const Segment segment{0, n, int(at / kLanes), int(lanes.end / kLanes)};
+    if (score_pass_) score_options(scores, segment);
+    if (!all_kept(q0, rows, key0_ + j, n, scores.shift)) mask_edges(a_, scores, segment);
+    if (tile_.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, tile_.dropout);
+    const bool keep_float = p_.grad_alibi || p_.g.grad_mask;
+    softmax_gradient(tile_, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
+    if (keep_float) auxiliary_gradients(scores, segment);
+
+    product(n, p_.width_v, width / kStep<Op>, tile_.p + at, ld, kStep<Op>, grad_out_ + at * p_.width_v,
+            p_.width_v * kStep<Op>, grad_value_ + j * p_.width_v, p_.width_v, Start::accumulate);
+    product(n, p_.width, width / kStep<Op>, tile_.ds + at, ld, kStep<Op>, query_ + at * p_.width, p_.width * kStep<Op>,
+            grad_key_ + j * p_.width, p_.width, Start::accumulate);
+    product(min_of(rows, lanes.end) - at, p_.width, (n + kStep<Op> - 1) / kStep<Op>, tile_.ds_pairs + at * kStep<Op>,
+            kStep<Op>, ld * kStep<Op>, key_rows_ + j * p_.width, p_.width * kStep<Op>, grad_query + at * p_.width, p_.width,
+            Start::accumulate);
+  }
+
+  void score_options(const ScoreTile& scores, const Segment& segment) {
+    if (a_.softcap == 0.f) return apply_options(a_, scores, segment, a_.scale);
+    apply_softcap(scores, segment, a_.scale, a_.softcap);
+    softcap_factor(scores, segment, a_.softcap, tile_.factor);
+    Attention rest = a_;
+    rest.softcap = 0.f;
+    apply_options(rest, scores, segment, 1.f);
+  }
+
+  void auxiliary_gradients(const ScoreTile& scores, const Segment& segment) {
+    const float* ds = tile_.factor ? tile_.factor : tile_.grad;
+    if (p_.grad_alibi) grad_alibi(scores.head) -= distance_sum(ds, scores, segment);
+    if (const AttentionGrad& g = p_.g; g.grad_mask)
+      add_mask_gradient(ds, scores, segment,
+                        g.grad_mask + b_ * g.grad_mask_batch + scores.head * g.grad_mask_head +
+                            scores.query0 * g.grad_mask_q + scores.key0 * g.grad_mask_k,
+                        g.grad_mask_q, g.grad_mask_k);
+  }
+
+  const Plan& p_;
+  const Attention& a_;
+  int64_t stage_ = 0, stage_v_ = 0;  // row lengths of packed operands
+  bool score_pass_ = false;
+  float exponent_scale_ = 1.f;       // from scores to exponents of 2
+  Op *key_ = nullptr, *value_ = nullptr;              // (keys, stage)
+  Op* key_rows_ = nullptr;                            // (keys, width); pairs: (keys / 2, width, 2)
+  float *grad_key_ = nullptr, *grad_value_ = nullptr; // (keys, width)
+  Op* staged_ = nullptr;                              // pairs: (queries, stage)
+  Op *query_t_ = nullptr, *grad_out_t_ = nullptr;     // (head dim, queries); pairs: (head dim / 2, queries, 2)
+  Op *query_ = nullptr, *grad_out_ = nullptr;         // (queries, width); pairs: (queries / 2, width, 2)
+  float *neg_lse_ = nullptr, *delta_ = nullptr;       // (queries)
+  GradientTile<Op> tile_{};
+  size_t arena_bytes_ = 0;
+  int64_t b_ = 0, head_kv_ = 0, split_ = 0;
+  int64_t key0_ = 0, count_ = 0, kept_ = 0;  // the block: first key, keys, keys below the key limit
+};
+
+// The elements of grad_mask that belong to a task.
+void clear_mask_gradient(const Plan& p, Range batch, Range heads_kv, Range keys) {
+  const AttentionGrad& g = p.g;
+  const int64_t group = p.a.heads_q / p.a.heads_kv;
+  auto once = [](Range r, int64_t stride) { return stride == 0 ? Range{r.begin, r.begin + 1} : r; };
+  const Range b = once(batch, g.grad_mask_batch), q = once({0, p.a.seqlen_q}, g.grad_mask_q), k = once(keys, g.grad_mask_k);
+  const Range h = once({heads_kv.begin * group, heads_kv.end * group}, g.grad_mask_head);
+  for (int64_t ib = b.begin; ib < b.end; ++ib)
+    for (int64_t ih = h.begin; ih < h.end; ++ih)
+      for (int64_t i = q.begin; i < q.end; ++i) {
+        float* row = g.grad_mask + ib * g.grad_mask_batch + ih * g.grad_mask_head + i * g.grad_mask_q;
+        for (int64_t j = k.begin; j < k.end; ++j) row[j * g.grad_mask_k] = 0.f;
+      }
+}
+
+template <class T>
+void key_range(void* context, int64_t task, char* scratch) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const Attention& a = p.a;
+  const int64_t split = task % p.splits, h = task / p.splits % p.tasks_h, b = task / p.splits / p.tasks_h;
+  const Range batch = p.tasks_b == 1 ? Range{0, a.batch} : Range{b, b + 1};
+  const Range heads = p.tasks_h == 1 ? Range{0, a.heads_kv} : Range{h, h + 1};
+  if (p.g.grad_mask) clear_mask_gradient(p, batch, heads, p.keys_of(0, split));
+  KeyBlock<T> block(p, Arena(scratch));
+  for (int64_t i = batch.begin; i < batch.end; ++i)
+    for (int64_t k = heads.begin; k < heads.end; ++k) block.run(i, k, split);
+}
+
+// ---- 3. gather ----
+
+template <class T>
+void gather(void* context, int64_t task, char*) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const Attention& a = p.a;
+  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t b = task / chunks / a.heads_q, h = task / chunks % a.heads_q;
+  const int64_t begin = task % chunks * kRowsPerTask, end = min_of(a.len_q(b), begin + kRowsPerTask);
+  Range touched[kMaxSplits];  // query rows that a split has summed
+  for (int64_t s = 0; s < p.splits; ++s) {
+    const Range keys = p.keys_of(b, s), q = p.queries_of(b, {keys.begin, min_of(keys.end, a.key_limit(b))});
+    touched[s] = q.empty() ? Range{0, 0}
+                           : Range{q.begin / kBlockQ<Operand<T>> * kBlockQ<Operand<T>>, round_up(q.end, kBlockQ<Operand<T>>)};
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    float* sum = nullptr;
+    for (int64_t s = 0; s < p.splits; ++s) {
+      if (i < touched[s].begin || i >= touched[s].end) continue;
+      float* part = p.grad_query + (s * p.rows + p.row0(b, h) + i) * p.width;
+      if (sum == nullptr) {
+        sum = part;
+        continue;
+      }
+      for (int64_t d = 0; d < p.width; d += kLanes) store(sum + d, load(sum + d) + load(part + d));
+    }
+    store_row(row_of<T>(p.g.grad_query, b, h, a.query_row0(b) + i), a.head_dim, sum, a.scale);
+  }
+  if (begin > 0) return;
+  if (p.g.grad_sinks) {
+    const int64_t row0 = p.row0(b, h);
+    p.g.grad_sinks[b * a.heads_q + h] = sink_gradient(a.sinks[h], p.neg_lse + row0, p.delta + row0, a.len_q(b));
+  }
+  if (p.grad_alibi) {
+    float sum = 0.f;
+    for (int64_t s = 0; s < p.splits; ++s) sum += p.grad_alibi[(s * a.batch + b) * a.heads_q + h];
+    p.g.grad_alibi_slopes[b * a.heads_q + h] = sum;
+  }
+}
+
+template <class T>
+void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
+  Plan p{a, g};
+  p.rows = a.heads_q * (a.cu_seqlens_q ? a.cu_seqlens_q[a.batch] : a.batch * a.seqlen_q);
+  p.width = round_up(a.head_dim, kLanes);
+  p.width_v = round_up(a.head_dim_v, kLanes);
+  const int64_t key_bytes = (p.width + p.width_v) * int64_t(sizeof(Operand<T>) + sizeof(float));
+  p.block_k = min_of(kKeysPerBlock, max_of(kKeyUnit, kBlockBytes / key_bytes / kKeyUnit * kKeyUnit));
+  p.block_k = min_of(p.block_k, round_up(max_of(1, a.seqlen_k), kKeyUnit));
+  p.tasks_b = g.grad_mask && g.grad_mask_batch == 0 ? 1 : a.batch;
+  p.tasks_h = g.grad_mask && g.grad_mask_head == 0 ? 1 : a.heads_kv;
+  const int64_t pairs = p.tasks_b * p.tasks_h;
+  p.splits = min_of(kMaxSplits, min_of((kTasksWanted + pairs - 1) / pairs, (a.seqlen_k + kKeysPerSplit - 1) / kKeysPerSplit));
+  if (p.splits < 1 || (g.grad_mask && g.grad_mask_k == 0)) p.splits = 1;
+
+  auto floats = [&](int64_t n) { return static_cast<float*>(pool.allocate(pool.self, size_t(n) * sizeof(float))); };
+  p.neg_lse = floats(p.rows);
+  p.delta = floats(p.rows);
+  p.grad_query = floats(p.splits * p.rows * p.width);
+  if (g.grad_alibi_slopes) p.grad_alibi = floats(p.splits * a.batch * a.heads_q);
+
+  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
+  pool.run(a.batch * a.heads_q * chunks, row_statistics<T>, &p, 0);
+  pool.run(p.tasks_b * p.tasks_h * p.splits, key_range<T>, &p, KeyBlock<T>::scratch_bytes(p));
+  pool.run(a.batch * a.heads_q * chunks, gather<T>, &p, 0);
+}
+
+}  // namespace
+
+void attention_backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
+  switch (a.element) {
+    case Element::float32: return backward<float>(a, g, pool);
+    case Element::bfloat16: return backward<bfloat16>(a, g, pool);
+    default: return backward<float16>(a, g, pool);
+  }
+}
+
+}  // namespace XFORMER_FAST_ISA
+}  // namespace xformer_fast

@@ -1,0 +1,228 @@
+// Tile passes of the attention backward that the forward has no use for: packed operands, the step from scores to P and
+// dS, and the sums of the optional gradients. Tiles are S^T as in attention_tiles.h: rows are keys, lanes are queries.
+#pragma once
+#include "attention_tiles.h"
+
+namespace xformer_fast {
+namespace XFORMER_FAST_ISA {
+namespace {
+
+// What a tensor element becomes in a packed operand, and how many of them one step of a tile product takes.
+template <class T> struct OperandOf { using type = float; };
+#if defined(XF_BF16_DOT)
+template <> struct OperandOf<bfloat16> { using type = bfloat16; };
+#endif
+template <class T> using Operand = typename OperandOf<T>::type;
+template <class Op> constexpr int64_t kStep = int64_t(sizeof(float) / sizeof(Op));
+
+// Queries of a block: whole panels of the tile product, and long sums for the products that reduce over queries.
+template <class Op> constexpr int64_t kBlockQ = kStep<Op> == 2 ? 128 : kTileVectors * kLanes * (kLanes == 4 ? 4 : kLanes == 8 ? 2 : 1);
+
+// Hands out 64-byte aligned pieces of a buffer; without a buffer it only measures.
+class Arena {
+ public:
+  explicit Arena(char* buffer) : buffer_(buffer) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return buffer_ ? reinterpret_cast<T*>(buffer_ + at) : nullptr;
+  }
+  size_t bytes() const { return used_; }
+
+ private:
+  char* buffer_;
+  size_t used_ = 0;
+};
+
+// C[rows][width] as in tile_product, cut into panels of nearly equal width. `width` counts lanes.
+template <class Op>
+void product(int64_t rows, int64_t width, int64_t depth, const Op* a, int64_t a_row, int64_t a_red, const Op* b, int64_t b_ld,
+             float* c, int64_t c_ld, Start start) {
+  int64_t vectors = width / kLanes;
+  for (int64_t panels = (vectors + kTileVectors - 1) / kTileVectors; panels > 0; --panels) {
+    const int64_t now = (vectors + panels - 1) / panels;
+    tile_product(rows, int(now), depth, a, a_row, a_red, b, b_ld, c, c_ld, start);
+    vectors -= now;
+    b += now * kLanes * kStep<Op>;
+    c += now * kLanes;
+  }
+}
+
+// ---- rows in and out ----
+
+XF_INLINE void convert_row(const float* in, int64_t dim, float* out, int64_t width) {
+  __builtin_memcpy(out, in, size_t(dim) * sizeof(float));
+  __builtin_memset(out + dim, 0, size_t(width - dim) * sizeof(float));
+}
+template <class T>
+XF_INLINE void convert_row(const T* in, int64_t dim, float* out, int64_t width) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(in + d));
+  for (; d < width; d += kLanes) store(out + d, d < dim ? load(in + d, int(dim - d)) : zero());
+}
+XF_INLINE void convert_row(const bfloat16* in, int64_t dim, bfloat16* out, int64_t width) {
+  __builtin_memcpy(out, in, size_t(dim) * sizeof(bfloat16));
+  __builtin_memset(static_cast<void*>(out + dim), 0, size_t(width - dim) * sizeof(bfloat16));
+}
+
+// `rows` rows of a tensor to dense rows of `width` operands; columns past `dim`, rows from `rows` to `padded`, and rows
+// whose neg_lse is -inf (no key: whatever they hold must not matter) become 0.
+template <class T, class Op>
+XF_NOINLINE void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t padded, int64_t dim, Op* out, int64_t width,
+                           const float* neg_lse = nullptr) {
+  for (int64_t r = 0; r < padded; ++r, out += width) {
+    if (r < rows && !(neg_lse && neg_lse[r] == -kInfinity))
+      convert_row(in + r * stride, dim, out, width);
+    else
+      __builtin_memset(static_cast<void*>(out), 0, size_t(width) * sizeof(Op));
+  }
+}
+
+// out = scale * sums, rounded; 0 where there are no sums.
+template <class T>
+XF_INLINE void store_row(T* out, int64_t dim, const float* sums, float scale) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, sums ? load(sums + d) * scale : zero());
+  if (d < dim) store(out + d, sums ? load(sums + d) * scale : zero(), int(dim - d));
+}
+
+// ---- from scores to gradients ----
+
+// Tiles of (keys, kBlockQ) numbers. For float32 operands p and ds are scores and grad themselves.
+template <class Op>
+struct GradientTile {
+  float* scores;   // in: S^T
+  float* grad;     // in: dP^T; out: dS^T, if asked for or if operands are float32
+  float* factor;   // under a softcap, in: 1 - tanh^2; out: dS^T before it
+  float* dropout;  // under dropout: 0 or 1 / (1 - p)
+  Op* p;           // out: P^T as dropped
+  Op* ds;          // out: dS^T
+  Op* ds_pairs;    // out, bfloat16: dS^T as (keys / 2, queries, 2); a last odd key is paired with zeros
+};
+
+// One key (or, with a partner, two) x one vector of queries, `at` floats into the tile.
+template <class Op, bool kDropout, bool kSoftcap>
+XF_INLINE Vec gradient_of(const GradientTile<Op>& t, int64_t at, float exponent_scale, Vec neg_lse, Vec delta, bool keep_float) {
+  const Vec exponent = load(t.scores + at) * exponent_scale + neg_lse;
+  const Vec p = kStep<Op> == 2 ? exp2_coarse(exponent) : exp2(exponent);
+  Vec grad = load(t.grad + at), dropped = p;
+  if (kDropout) {
+    const Vec factor = load(t.dropout + at);
+    grad *= factor;
+    dropped *= factor;
+  }
+  Vec ds = p * (grad - delta);
+  if (kSoftcap) {
+    const Vec factor = load(t.factor + at);
+    store(t.factor + at, ds);
+    ds *= factor;
+  }
+  store(t.p + at, dropped);
+  if (kStep<Op> == 1 || (keep_float && !kSoftcap)) store(t.grad + at, ds);
+  return ds;
+}
+
+template <class Op, bool kDropout, bool kSoftcap>
+XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float exponent_scale,
+                                     const float* neg_lse, const float* delta, bool keep_float) {
+  constexpr int64_t ld = kBlockQ<Op>;
+  for (int64_t j = 0; j < keys; j += 2) {
+    const bool partner = j + 1 < keys;
+    for (int64_t l = lane0; l < lane1; l += kLanes) {
+      const Vec n = load(neg_lse + l), d = load(delta + l);
+      const int64_t at = j * ld + l;
+      const Vec first = gradient_of<Op, kDropout, kSoftcap>(t, at, exponent_scale, n, d, keep_float);
+      const Vec second = partner ? gradient_of<Op, kDropout, kSoftcap>(t, at + ld, exponent_scale, n, d, keep_float) : zero();
+      if constexpr (kStep<Op> == 2) {
+        store(t.ds + at, first);
+        if (partner) store(t.ds + at + ld, second);
+        store(reinterpret_cast<float*>(t.ds_pairs + j * ld + 2 * l), (Vec)to_bf16_pairs(first, second));
+      }
+    }
+  }
+}
+
+// P = exp2(scores * exponent_scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them.
+template <class Op>
+void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float exponent_scale,
+                      const float* neg_lse, const float* delta, bool keep_float) {
+  if (t.dropout && t.factor)
+    softmax_gradient_of<Op, true, true>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+  else if (t.dropout)
+    softmax_gradient_of<Op, true, false>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+  else if (t.factor)
+    softmax_gradient_of<Op, false, true>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+  else
+    softmax_gradient_of<Op, false, false>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+}
+
+// factor = 1 - (s / softcap)^2 of capped scores.
+XF_NOINLINE void softcap_factor(const ScoreTile& tile, const Segment& segment, float softcap, float* factor) {
+  const float inverse = 1.f / softcap;
+  for (int64_t r = segment.row0; r < segment.row1; ++r)
+    for (int v = segment.vector0; v < segment.vector1; ++v) {
+      const Vec t = load(tile.scores + r * tile.ld + v * kLanes) * inverse;
+      store(factor + r * tile.ld + v * kLanes, 1.f - t * t);
+    }
+}
+
+// What dropout multiplies each probability by. Keys of a tile start at a multiple of four.
+XF_NOINLINE void dropout_factor(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment, float* factor) {
+  for (int64_t r = segment.row0; r < segment.row1; r += 4)
+    for (int v = segment.vector0; v < segment.vector1; ++v) {
+      IVec keep[4];
+      dropout(tile.query0 + v * kLanes, (tile.key0 + r) / 4, keep);
+      for (int64_t w = 0; w < min_of(4, segment.row1 - r); ++w)
+        store(factor + (r + w) * tile.ld + v * kLanes, keep[w] ? broadcast(dropout.rescale) : zero());
+    }
+}
+
+// ---- optional gradients ----
+
+// sum over the segment of ds * |p_i - j|.
+XF_NOINLINE float distance_sum(const float* ds, const ScoreTile& tile, const Segment& segment) {
+  const IVec base = lane_index() + int32_t(tile.query0 + tile.shift - tile.key0);
+  Vec sum = zero();
+  for (int64_t r = segment.row0; r < segment.row1; ++r)
+    for (int v = segment.vector0; v < segment.vector1; ++v)
+      sum += absolute(to_float(base + int32_t(v * kLanes - r))) * load(ds + r * tile.ld + v * kLanes);
+  return reduce_add(sum);
+}
+
+// grad[i * stride_q + j * stride_k] += ds[j][i]. A stride of 0 sums over that axis.
+XF_NOINLINE void add_mask_gradient(const float* ds, const ScoreTile& tile, const Segment& segment, float* grad,
+                                   int64_t stride_q, int64_t stride_k) {
+  for (int v = segment.vector0; v < segment.vector1; ++v) {
+    const int lanes = int(min_of(kLanes, tile.queries - v * kLanes));
+    for (int64_t r = segment.row0; r < segment.row1; r += kLanes) {
+      const int keys = int(min_of(kLanes, segment.row1 - r));
+      const float* in = ds + r * tile.ld + v * kLanes;
+      float* out = grad + v * kLanes * stride_q + r * stride_k;
+      if (stride_q != 0 && stride_k == 1) {
+        Vec rows[kLanes];
+        for (int k = 0; k < kLanes; ++k) rows[k] = k < keys ? load(in + k * tile.ld) : zero();
+        transpose(rows);
+        for (int i = 0; i < lanes; ++i) store(out + i * stride_q, load(out + i * stride_q, keys) + rows[i], keys);
+      } else {
+        for (int k = 0; k < keys; ++k)
+          for (int i = 0; i < lanes; ++i) out[i * stride_q + k * stride_k] += in[k * tile.ld + i];
+      }
+    }
+  }
+}
+
+// -sum_i exp(sink - lse_i) * delta_i; the sink takes part in lse, so that the exponent is never above 0.
+XF_NOINLINE float sink_gradient(float sink, const float* neg_lse, const float* delta, int64_t rows) {
+  Vec sum = zero();
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int n = int(min_of(kLanes, rows - i));
+    const Vec p = exp2(minimum(load(neg_lse + i, n) + sink * kLog2e, zero()));
+    sum += p * load(delta + i, n);
+  }
+  return -reduce_add(sum);
+}
+
+}  // namespace
+}  // namespace XFORMER_FAST_ISA
+}  // namespace xformer_fast

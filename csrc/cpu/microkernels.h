@@ -1,0 +1,121 @@
+// The tile product, the one inner loop that every kernel is built from:
+//
+//   C[r][lane] = start(r, lane) + sum_k A(r, k) * B[k][lane]        r < rows, lane < vectors * kLanes, k < depth
+//
+// A is read one scalar at a time and broadcast, at a + r*a_row + k*a_red: A transposed, or a tensor where it lies, costs
+// nothing. B is rows of `vectors` vectors, b_ld elements apart; C is float32 rows, c_ld apart; B and C need no alignment
+// but are fastest at 64 bytes. Start is 0 (overwrite), the old C (accumulate), or the old C times scale[lane] (rescale).
+//
+//   tile_product(rows, vectors, depth, a, a_row, a_red, b, b_ld, c, c_ld, Start::..., scale)       vectors = 1..kMaxVectors
+//
+// Two forms, chosen by the type of A and B:
+//   float       the plain one, on every instruction set.
+//   bfloat16    only with XF_BF16_DOT: k counts PAIRS. A's pair is the two adjacent elements at a + r*a_row + k*a_red, B is
+//               pair-interleaved, [k][lane][2], and b_ld counts elements, so 2 * lanes a row when dense. A last odd element
+//               must be paired with zeros in BOTH operands (0 * NaN is NaN).
+//
+// Rows are walked in chunks of at most R, all chunks nearly equal; R x vectors accumulators and a row of B fill the
+// register file. Each R x V body is a function of its own, so that the compiler allocates its registers alone.
+#pragma once
+#include "simd.h"
+
+namespace xformer_fast {
+namespace XFORMER_FAST_ISA {
+namespace {
+
+enum class Start { overwrite, accumulate, rescale };
+
+constexpr int kMaxVectors = 4;
+#if defined(XF_AVX512)
+constexpr int kTileVectors = 4;  // vectors a tile of queries is best cut into
+template <int V> constexpr int kTileRows = V == 1 ? 8 : V == 2 ? 8 : V == 3 ? 8 : 6;
+#else
+constexpr int kTileVectors = 3;
+template <int V> constexpr int kTileRows = V == 1 ? 8 : V == 2 ? 6 : V == 3 ? 4 : 2;
+#endif
+
+XF_INLINE void multiply_add(Vec& sum, float a, Vec b) { sum = broadcast(a) * b + sum; }
+#if defined(XF_BF16_DOT)
+struct BfloatPairs { uint32_t bits; };
+XF_INLINE BfloatPairs broadcast_source(const bfloat16* a) { return {load_as<uint32_t>(a)}; }
+XF_INLINE UVec load_operand(const bfloat16* b) { return load_as<UVec>(b); }
+XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), (__m512bh)b);
+}
+#endif
+XF_INLINE float broadcast_source(const float* a) { return *a; }
+XF_INLINE Vec load_operand(const float* b) { return load(b); }
+
+template <int R, int V, class T>
+XF_NOINLINE void tile_product_rows(int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b,
+                                                 int64_t b_ld, float* c, int64_t c_ld, Start start, const float* scale) {
+  constexpr int kStep = kLanes * sizeof(float) / sizeof(T);
+  Vec sum[R][V];  // every loop over it is unrolled: one left rolled would put it on the stack
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = start == Start::overwrite ? zero() : load(c + r * c_ld + v * kLanes);
+  if (start == Start::rescale) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec factor = load(scale + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][v] *= factor;
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    decltype(load_operand(b)) row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) row[v] = load_operand(b + v * kStep);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto x = broadcast_source(a + r * a_row);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) multiply_add(sum[r][v], x, row[v]);
+    }
+    a += a_red;
+    b += b_ld;
+  }
+  asm("" : "+r"(c), "+r"(c_ld));  // or the addresses of every store are computed, and spilled, before the loop
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * c_ld + v * kLanes, sum[r][v]);
+}
+
+template <int R, int V, class T>
+XF_INLINE void tile_product_chunk(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b,
+                                  int64_t b_ld, float* c, int64_t c_ld, Start start, const float* scale) {
+  if constexpr (R > 1) {
+    if (rows < R) return tile_product_chunk<R - 1, V>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+  }
+  tile_product_rows<R, V>(depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+}
+
+template <int V, class T>
+void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld, float* c,
+                  int64_t c_ld, Start start, const float* scale = nullptr) {
+  constexpr int R = kTileRows<V>;
+  while (rows > 0) {
+    const int64_t chunks = (rows + R - 1) / R, now = (rows + chunks - 1) / chunks;
+    tile_product_chunk<R, V>(now, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+    rows -= now;
+    a += now * a_row;
+    c += now * c_ld;
+  }
+}
+
+template <class T>
+void tile_product(int64_t rows, int vectors, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b,
+                  int64_t b_ld, float* c, int64_t c_ld, Start start, const float* scale = nullptr) {
+  switch (vectors) {
+    case 1: return tile_product<1>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+    case 2: return tile_product<2>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+    case 3: return tile_product<3>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+    default: return tile_product<4>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+  }
+}
+
+}  // namespace
+}  // namespace XFORMER_FAST_ISA
+}  // namespace xformer_fast
