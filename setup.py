@@ -4,9 +4,9 @@ Two libraries: `xformer_fast/_ops.so`, the operators, on LibTorch's stable ABI (
 symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU facts. The kernels in csrc/cpu are
 compiled once an instruction set and linked together; the best one is chosen at run time.
 
-Where the build tools are missing or fail, the install still succeeds and writes `xformer_fast/build_failure.txt`,
-which `xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure fatal, XFORMER_FAST_BUILD=skip builds
-nothing.
+Where the build tools are missing or fail, the install still succeeds and leaves `build_failure.txt` in the package,
+which `xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure, and any compiler warning, fatal;
+XFORMER_FAST_BUILD=skip builds nothing.
 """
 
 import os
@@ -82,6 +82,14 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
     isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 
     class Build(command):
+        def finalize_options(self):
+            super().finalize_options()  # an editable install would compile everything anew in a temporary folder
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
+        def build_extensions(self):
+            self.compiler.set_executable("compiler_so", [CXX])  # not the flags this Python happened to be built with
+            super().build_extensions()
+
         def build_extension(self, extension):
             if extension.name.endswith("_ops"):
                 extension.extra_objects = [object_ for isa in isas for object_ in self.kernel_objects(isa)]
@@ -107,7 +115,7 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     theirs = [f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())]  # spared our warnings
-    host_flags = ["-O2", "-std=c++17", "-fvisibility=hidden", *WARNINGS, *theirs]
+    host_flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *WARNINGS, *theirs]
     operators = CppExtension(
         "xformer_fast._ops",
         [str(CPU / name) for name in LAUNCHER_SOURCES],

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -51,9 +52,13 @@ class Rope:
                     f"rope: with {len_q} queries and {len_k} keys the first query stands before position 0; "
                     "give Rope query_positions"
                 )
-            query_positions = torch.arange(shift, shift + len_q, device=query.device)
+            query_positions = self._consecutive("queries", shift, len_q, query.device)
+        else:
+            self._check_positions("query_positions", query_positions, query.shape[0], len_q)
         if key_positions is None:
-            key_positions = torch.arange(len_k, device=key.device)
+            key_positions = self._consecutive("keys", 0, len_k, key.device)
+        else:
+            self._check_positions("key_positions", key_positions, key.shape[0], len_k)
         return self._turn(query, query_positions), self._turn(key, key_positions)
 
     def rotate_packed(self, query, key, cu_seqlens_q, cu_seqlens_k, *, top_left=False) -> tuple[Tensor, Tensor]:
@@ -63,15 +68,12 @@ class Rope:
         if query_positions is None:
             query_positions = packed_positions(cu_seqlens_q, query.shape[0])
             if not top_left:
-                shifts = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).to(query_positions.dtype)
-                sequence = torch.searchsorted(
-                    cu_seqlens_q[1:].contiguous(),
-                    torch.arange(query.shape[0], device=query.device, dtype=cu_seqlens_q.dtype),
-                    right=True,
-                )
-                query_positions = query_positions + shifts[sequence]
+                shifts = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+                query_positions = query_positions + shifts[packed_sequences(cu_seqlens_q, query.shape[0])]
         if key_positions is None:
             key_positions = packed_positions(cu_seqlens_k, key.shape[0])
+        self._check_positions("query_positions", query_positions, 1, query.shape[0])
+        self._check_positions("key_positions", key_positions, 1, key.shape[0])
         return tuple(
             self._turn(t.transpose(0, 1)[None], positions)[0].transpose(0, 1)
             for t, positions in ((query, query_positions), (key, key_positions))
@@ -80,6 +82,20 @@ class Rope:
     def check(self, head_dim: int):
         if 2 * self.cos.shape[1] > head_dim:
             raise ValueError(f"rope rotates {2 * self.cos.shape[1]} channels, but head_dim is {head_dim}")
+
+    def _consecutive(self, rows: str, first, count, device) -> Tensor:
+        if first + count > self.cos.shape[0]:
+            raise ValueError(f"rope: tables of {self.cos.shape[0]} positions are too short for {first + count} {rows}")
+        return torch.arange(first, first + count, device=device)
+
+    def _check_positions(self, name: str, positions: Tensor, batch, length):
+        if positions.shape[-1] != length or (positions.dim() > 1 and positions.shape[-2] not in (1, batch)):
+            raise ValueError(f"rope: {name} must be for {length} rows of {batch} sequences, got {tuple(positions.shape)}")
+        if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
+            return  # a look at the values would synchronise, or break the graph
+        least, most = (x.item() for x in positions.aminmax())
+        if least < 0 or most >= self.cos.shape[0]:
+            raise ValueError(f"rope: {name} must lie in 0..{self.cos.shape[0] - 1}, the tables' rows, got {least}..{most}")
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = (self._rows(table.to(x.device), positions) for table in (self.cos, self.sin))
@@ -96,9 +112,14 @@ class Rope:
 
 def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
     """Each packed row's index inside its own sequence, (T,) int64."""
+    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[packed_sequences(cu_seqlens, total)]
+
+
+def packed_sequences(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The sequence each packed row belongs to, (T,) int64; offsets that end too early leave their rest to the last."""
     rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return (rows - cu_seqlens[sequence]).long()
+    sequences = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return sequences.clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -187,4 +208,4 @@ class T5Bias:
         """The bias as a vector of distances, (Hq, Sq + Sk - 1); see DistanceBias."""
         first = 1 - len_q - (0 if top_left else len_k - len_q)
         distance = torch.arange(first, first + max(len_q + len_k - 1, 0), device=self.table.device)
-        return self.table[self.buckets(distance)].T
+        return F.embedding(self.buckets(distance), self.table).T  # its gradient sums in one order, indexing's does not

@@ -124,8 +124,9 @@ def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
 
 def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
     """(Hq, Sq + Sk - 1) numbers by distance, gathered to (Hq, Sq, Sk): entry (i, j) is values[j - i + Sq - 1]."""
-    i, j = torch.arange(len_q, device=values.device)[:, None], torch.arange(len_k, device=values.device)
-    return values[:, j - i + (len_q - 1)]
+    if len_q == 0:
+        return values[:, :0, None].expand(-1, -1, len_k)
+    return values.unfold(1, len_k, 1).flip(1)  # its gradient sums in one order for any number of threads
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved=False) -> Tensor:

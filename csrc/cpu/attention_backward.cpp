@@ -5,7 +5,7 @@
 //   dv_j += P_ij grad_out_i    dk_j += scale dS_ij q_i    dq_i += scale dS_ij k_j     (dS times 1 - tanh^2 under a softcap)
 //
 // Three runs over the pool:
-//   1. row statistics   -lse log2(e) and delta of every query row.
+//   1. row statistics   -lse and delta of every query row.
 //   2. key ranges       A task owns a range of one KV head's keys and walks it in blocks that stay in the L2 cache: packed
 //                       keys and values, float32 dk and dv. Past each block stream the query blocks of the head's group.
 //                       Score tiles are held as in the forward, S^T: rows are keys, lanes are queries. The five products
@@ -35,7 +35,7 @@ constexpr int64_t kKeysPerSplit = 256;       // at least
 constexpr int64_t kKeysPerBlock = 512;       // at most
 constexpr int64_t kBlockBytes = 512 * 1024;  // of packed keys and values with their gradients: half of an L2 cache
 constexpr int64_t kTileKeys = 128;           // keys of a score tile
-constexpr int64_t kEdgeKeys = 32;            // and of one that a limit cuts through
+constexpr int64_t kStripKeys = 32;           // of the part that goes from scores to dS while it is in the L1 cache
 constexpr int64_t kRowsPerTask = 256;        // query rows a task of the first and the last run
 
 struct Range {
@@ -51,7 +51,7 @@ struct Plan {
   int64_t width = 0, width_v = 0;     // head dims in whole vectors
   int64_t block_k = 0, splits = 1;    // keys of a block, ranges of keys
   int64_t tasks_b = 0, tasks_h = 0;   // key tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them together
-  float* neg_lse = nullptr;     // (rows), times log2(e); -inf for a row without keys
+  float* neg_lse = nullptr;     // (rows); -inf for a row without keys
   float* delta = nullptr;       // (rows)
   float* grad_query = nullptr;  // (splits, rows, width)
   float* grad_alibi = nullptr;  // (splits, batch, heads_q)
@@ -108,7 +108,7 @@ void row_statistics(void* context, int64_t task, char*) {
     int64_t d = 0;
     for (; d + kLanes <= a.head_dim_v; d += kLanes) sum = load(out + d) * load(grad + d) + sum;
     if (d < a.head_dim_v) sum = load(out + d, int(a.head_dim_v - d)) * load(grad + d, int(a.head_dim_v - d)) + sum;
-    p.neg_lse[row0 + i] = dead ? -kInfinity : -lse * kLog2e;
+    p.neg_lse[row0 + i] = dead ? -kInfinity : -lse;
     p.delta[row0 + i] = dead ? 0.f : reduce_add(sum) - (p.g.grad_lse ? p.g.grad_lse[lse0 + i] : 0.f);
   }
 }
@@ -128,7 +128,7 @@ class KeyBlock {
     stage_ = round_up(a_.head_dim, kLanes * kStep<Op>);
     stage_v_ = round_up(a_.head_dim_v, kLanes * kStep<Op>);
     score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the scale waits for the exponent; masked -inf must stay
-    exponent_scale_ = score_pass_ ? kLog2e : a_.scale * kLog2e;
+    exponent_scale_ = (score_pass_ ? 1.f : a_.scale) * (kStep<Op> == 2 ? kLog2e : 1.f);
     const bool pairs = kStep<Op> == 2;
     key_ = arena.take<Op>(p.block_k * stage_);
     value_ = arena.take<Op>(p.block_k * stage_v_);
@@ -142,13 +142,14 @@ class KeyBlock {
     grad_out_ = arena.take<Op>(kBlockQ<Op> * stage_v_);
     neg_lse_ = arena.take<float>(kBlockQ<Op>);
     delta_ = arena.take<float>(kBlockQ<Op>);
-    tile_.scores = arena.take<float>(kTileKeys * kBlockQ<Op>);
-    tile_.grad = arena.take<float>(kTileKeys * kBlockQ<Op>);
-    tile_.factor = a_.softcap > 0 ? arena.take<float>(kTileKeys * kBlockQ<Op>) : nullptr;
-    tile_.dropout = a_.dropout_p > 0 ? arena.take<float>(kTileKeys * kBlockQ<Op>) : nullptr;
-    tile_.p = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : reinterpret_cast<Op*>(tile_.scores);
-    tile_.ds = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : reinterpret_cast<Op*>(tile_.grad);
-    tile_.ds_pairs = pairs ? arena.take<Op>(kTileKeys * kBlockQ<Op>) : tile_.ds;
+    const int64_t whole = kTileKeys * kBlockQ<Op>, strip = kStripKeys * kBlockQ<Op>;
+    tile_.scores = arena.take<float>(pairs ? strip : whole);
+    tile_.grad = arena.take<float>(pairs ? strip : whole);
+    tile_.factor = a_.softcap > 0 ? arena.take<float>(strip) : nullptr;
+    tile_.dropout = a_.dropout_p > 0 ? arena.take<float>(strip) : nullptr;
+    tile_.p = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.scores);
+    tile_.ds = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.grad);
+    tile_.ds_pairs = pairs ? arena.take<Op>(whole) : tile_.ds;
     arena_bytes_ = arena.bytes();
   }
 
@@ -202,7 +203,7 @@ class KeyBlock {
   void visit(int64_t head, int64_t q0, bool first) {
     const int64_t rows = min_of(kBlockQ<Op>, a_.len_q(b_) - q0), row0 = p_.row0(b_, head) + q0;
     for (int64_t i = 0; i < kBlockQ<Op>; ++i) {
-      neg_lse_[i] = i < rows ? p_.neg_lse[row0 + i] : -kInfinity;
+      neg_lse_[i] = i < rows ? p_.neg_lse[row0 + i] * (kStep<Op> == 2 ? kLog2e : 1.f) : -kInfinity;
       delta_[i] = i < rows ? p_.delta[row0 + i] : 0.f;
     }
     const int64_t row = a_.query_row0(b_) + q0;
@@ -215,7 +216,7 @@ class KeyBlock {
     const int64_t shift = a_.shift(b_);
     for (int64_t j = 0, n; j < kept_; j += n) {
       n = min_of(kTileKeys, kept_ - j);
-      if (!all_kept(q0, rows, key0_ + j, n, shift)) n = min_of(n, kEdgeKeys);
+      if (!all_kept(q0, rows, key0_ + j, n, shift)) n = min_of(n, kStripKeys);
       const Range kept = p_.queries_of(b_, {key0_ + j, key0_ + j + n});
       const int64_t begin = max_of(0, kept.begin - q0) / kLanes * kLanes;
       const int64_t end = round_up(min_of(rows, kept.end - q0), kLanes);
@@ -246,22 +247,9 @@ class KeyBlock {
 
   // Keys [j, j + n) of the block against lanes of the query block at q0.
   void tile(int64_t head, int64_t q0, int64_t rows, int64_t j, int64_t n, Range lanes, float* grad_query) {
+    for (int64_t s = 0; s < n; s += kStripKeys) strip(head, q0, rows, j + s, min_of(kStripKeys, n - s), lanes, tile_.from(s));
+
     const int64_t width = lanes.end - lanes.begin, ld = kBlockQ<Op>, at = lanes.begin;
-    const int64_t depth = (a_.head_dim + kStep<Op> - 1) / kStep<Op>, depth_v = (a_.head_dim_v + kStep<Op> - 1) / kStep<Op>;
-    product(n, width, depth, key_ + j * stage_, stage_, kStep<Op>, query_t_ + at * kStep<Op>, ld * kStep<Op>,
-            tile_.scores + at, ld, Start::overwrite);
-    product(n, width, depth_v, value_ + j * stage_v_, stage_v_, kStep<Op>, grad_out_t_ + at * kStep<Op>, ld * kStep<Op>,
-            tile_.grad + at, ld, Start::overwrite);
-
-    const ScoreTile scores{tile_.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_)};
-    const Segment segment{0, n, int(at / kLanes), int(lanes.end / kLanes)};
-    if (score_pass_) score_options(scores, segment);
-    if (!all_kept(q0, rows, key0_ + j, n, scores.shift)) mask_edges(a_, scores, segment);
-    if (tile_.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, tile_.dropout);
-    const bool keep_float = p_.grad_alibi || p_.g.grad_mask;
-    softmax_gradient(tile_, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
-    if (keep_float) auxiliary_gradients(scores, segment);
-
     product(n, p_.width_v, width / kStep<Op>, tile_.p + at, ld, kStep<Op>, grad_out_ + at * p_.width_v,
             p_.width_v * kStep<Op>, grad_value_ + j * p_.width_v, p_.width_v, Start::accumulate);
     product(n, p_.width, width / kStep<Op>, tile_.ds + at, ld, kStep<Op>, query_ + at * p_.width, p_.width * kStep<Op>,
@@ -269,6 +257,25 @@ class KeyBlock {
     product(min_of(rows, lanes.end) - at, p_.width, (n + kStep<Op> - 1) / kStep<Op>, tile_.ds_pairs + at * kStep<Op>,
             kStep<Op>, ld * kStep<Op>, key_rows_ + j * p_.width, p_.width * kStep<Op>, grad_query + at * p_.width, p_.width,
             Start::accumulate);
+  }
+
+  // S, dP, then P and dS of some keys of a tile.
+  void strip(int64_t head, int64_t q0, int64_t rows, int64_t j, int64_t n, Range lanes, const GradientTile<Op>& out) {
+    constexpr int64_t step = kStep<Op>, ld = kBlockQ<Op>;
+    const int64_t width = lanes.end - lanes.begin, at = lanes.begin;
+    product(n, width, (a_.head_dim + step - 1) / step, key_ + j * stage_, stage_, step, query_t_ + at * step, ld * step,
+            out.scores + at, ld, Start::overwrite);
+    product(n, width, (a_.head_dim_v + step - 1) / step, value_ + j * stage_v_, stage_v_, step, grad_out_t_ + at * step,
+            ld * step, out.grad + at, ld, Start::overwrite);
+
+    const ScoreTile scores{out.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_)};
+    const Segment segment{0, n, int(at / kLanes), int(lanes.end / kLanes)};
+    if (score_pass_) score_options(scores, segment);
+    if (!all_kept(q0, rows, key0_ + j, n, scores.shift)) mask_edges(a_, scores, segment);
+    if (out.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, out.dropout);
+    const bool keep_float = p_.grad_alibi || p_.g.grad_mask;
+    softmax_gradient(out, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
+    if (keep_float) auxiliary_gradients(scores, segment, out.factor ? out.factor : out.grad);
   }
 
   void score_options(const ScoreTile& scores, const Segment& segment) {
@@ -280,8 +287,7 @@ class KeyBlock {
     apply_options(rest, scores, segment, 1.f);
   }
 
-  void auxiliary_gradients(const ScoreTile& scores, const Segment& segment) {
-    const float* ds = tile_.factor ? tile_.factor : tile_.grad;
+  void auxiliary_gradients(const ScoreTile& scores, const Segment& segment, const float* ds) {
     if (p_.grad_alibi) grad_alibi(scores.head) -= distance_sum(ds, scores, segment);
     if (const AttentionGrad& g = p_.g; g.grad_mask)
       add_mask_gradient(ds, scores, segment,

@@ -15,8 +15,10 @@ template <> struct OperandOf<bfloat16> { using type = bfloat16; };
 template <class T> using Operand = typename OperandOf<T>::type;
 template <class Op> constexpr int64_t kStep = int64_t(sizeof(float) / sizeof(Op));
 
-// Queries of a block: whole panels of the tile product, and long sums for the products that reduce over queries.
-template <class Op> constexpr int64_t kBlockQ = kStep<Op> == 2 ? 128 : kTileVectors * kLanes * (kLanes == 4 ? 4 : kLanes == 8 ? 2 : 1);
+// Queries of a block. Long enough for the products that reduce over queries, twice as many where a step takes two.
+template <class Op> constexpr int64_t kBlockQ = 64 * kStep<Op>;
+
+constexpr int64_t kPanelVectors = 2;  // narrow tiles have many rows: fewer loads of B, and a short store at the end
 
 // Hands out 64-byte aligned pieces of a buffer; without a buffer it only measures.
 class Arena {
@@ -40,7 +42,7 @@ template <class Op>
 void product(int64_t rows, int64_t width, int64_t depth, const Op* a, int64_t a_row, int64_t a_red, const Op* b, int64_t b_ld,
              float* c, int64_t c_ld, Start start) {
   int64_t vectors = width / kLanes;
-  for (int64_t panels = (vectors + kTileVectors - 1) / kTileVectors; panels > 0; --panels) {
+  for (int64_t panels = (vectors + kPanelVectors - 1) / kPanelVectors; panels > 0; --panels) {
     const int64_t now = (vectors + panels - 1) / panels;
     tile_product(rows, int(now), depth, a, a_row, a_red, b, b_ld, c, c_ld, start);
     vectors -= now;
@@ -51,20 +53,17 @@ void product(int64_t rows, int64_t width, int64_t depth, const Op* a, int64_t a_
 
 // ---- rows in and out ----
 
-XF_INLINE void convert_row(const float* in, int64_t dim, float* out, int64_t width) {
-  __builtin_memcpy(out, in, size_t(dim) * sizeof(float));
-  __builtin_memset(out + dim, 0, size_t(width - dim) * sizeof(float));
-}
 template <class T>
 XF_INLINE void convert_row(const T* in, int64_t dim, float* out, int64_t width) {
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) store(out + d, load(in + d));
   for (; d < width; d += kLanes) store(out + d, d < dim ? load(in + d, int(dim - d)) : zero());
 }
+#if defined(XF_BF16_DOT)
 XF_INLINE void convert_row(const bfloat16* in, int64_t dim, bfloat16* out, int64_t width) {
-  __builtin_memcpy(out, in, size_t(dim) * sizeof(bfloat16));
-  __builtin_memset(static_cast<void*>(out + dim), 0, size_t(width - dim) * sizeof(bfloat16));
+  for (int64_t d = 0; d < width; d += 2 * kLanes) store(reinterpret_cast<float*>(out + d), load_pairs(in + d, dim - d));
 }
+#endif
 
 // `rows` rows of a tensor to dense rows of `width` operands; columns past `dim`, rows from `rows` to `padded`, and rows
 // whose neg_lse is -inf (no key: whatever they hold must not matter) become 0.
@@ -99,62 +98,103 @@ struct GradientTile {
   Op* p;           // out: P^T as dropped
   Op* ds;          // out: dS^T
   Op* ds_pairs;    // out, bfloat16: dS^T as (keys / 2, queries, 2); a last odd key is paired with zeros
+
+  // The part from key `row` on. For bfloat16 the float32 tiles are that part's alone.
+  GradientTile from(int64_t row) const {
+    GradientTile t = *this;
+    t.p += row * kBlockQ<Op>;
+    t.ds += row * kBlockQ<Op>;
+    t.ds_pairs += row * kBlockQ<Op>;
+    if constexpr (kStep<Op> == 1) t.scores = t.p, t.grad = t.ds;
+    return t;
+  }
 };
 
-// One key (or, with a partner, two) x one vector of queries, `at` floats into the tile.
+XF_INLINE void store_key(const GradientTile<float>& t, int64_t at, Vec p, Vec ds) {
+  store(t.p + at, p);
+  store(t.ds + at, ds);
+}
+XF_INLINE void store_two_keys(const GradientTile<float>& t, int64_t at, int64_t ld, const Vec (&p)[2], const Vec (&ds)[2]) {
+  store_key(t, at, p[0], ds[0]);
+  store_key(t, at + ld, p[1], ds[1]);
+}
+#if defined(XF_BF16_DOT)
+XF_INLINE void store_half(bfloat16* out, __m512i rows, bool upper) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), upper ? _mm512_extracti64x4_epi64(rows, 1) : _mm512_castsi512_si256(rows));
+}
+XF_INLINE void store_two_keys(const GradientTile<bfloat16>& t, int64_t at, int64_t ld, const Vec (&p)[2], const Vec (&ds)[2]) {
+  const __m512i p_rows = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]), ds_rows = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
+  store_half(t.p + at, p_rows, false);
+  store_half(t.p + at + ld, p_rows, true);
+  store_half(t.ds + at, ds_rows, false);
+  store_half(t.ds + at + ld, ds_rows, true);
+  const int64_t row = at / ld, lane = at % ld;
+  store(reinterpret_cast<float*>(t.ds_pairs + row * ld + 2 * lane), (Vec)to_bf16_pairs(ds[0], ds[1]));
+}
+XF_INLINE void store_key(const GradientTile<bfloat16>& t, int64_t at, Vec p, Vec ds) {
+  const __m512i p_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), p), ds_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), ds);
+  constexpr int64_t ld = kBlockQ<bfloat16>;
+  store_half(t.p + at, p_row, false);
+  store_half(t.ds + at, ds_row, false);
+  store(reinterpret_cast<float*>(t.ds_pairs + at / ld * ld + 2 * (at % ld)), (Vec)to_bf16_pairs(ds, zero()));
+}
+#endif
+
 template <class Op, bool kDropout, bool kSoftcap>
-XF_INLINE Vec gradient_of(const GradientTile<Op>& t, int64_t at, float exponent_scale, Vec neg_lse, Vec delta, bool keep_float) {
-  const Vec exponent = load(t.scores + at) * exponent_scale + neg_lse;
-  const Vec p = kStep<Op> == 2 ? exp2_coarse(exponent) : exp2(exponent);
-  Vec grad = load(t.grad + at), dropped = p;
-  if (kDropout) {
-    const Vec factor = load(t.dropout + at);
-    grad *= factor;
-    dropped *= factor;
-  }
-  Vec ds = p * (grad - delta);
+XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, bool keep_float, Vec& p,
+                           Vec& ds) {
+  if (kStep<Op> == 2)
+    p = exp2_coarse(load(t.scores + at) * scale + neg_lse);
+  else  // exact as long as the difference is small, however large the score
+    p = exp2((load(t.scores + at) * scale + neg_lse) * kLog2e);
+  Vec grad = load(t.grad + at);
+  const Vec kept = kDropout ? load(t.dropout + at) : zero();
+  if (kDropout) grad *= kept;
+  ds = p * (grad - delta);
+  if (kDropout) p *= kept;
   if (kSoftcap) {
     const Vec factor = load(t.factor + at);
     store(t.factor + at, ds);
     ds *= factor;
+  } else if (kStep<Op> == 2 && keep_float) {
+    store(t.grad + at, ds);
   }
-  store(t.p + at, dropped);
-  if (kStep<Op> == 1 || (keep_float && !kSoftcap)) store(t.grad + at, ds);
-  return ds;
 }
 
 template <class Op, bool kDropout, bool kSoftcap>
-XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float exponent_scale,
+XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
                                      const float* neg_lse, const float* delta, bool keep_float) {
   constexpr int64_t ld = kBlockQ<Op>;
-  for (int64_t j = 0; j < keys; j += 2) {
-    const bool partner = j + 1 < keys;
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2)
     for (int64_t l = lane0; l < lane1; l += kLanes) {
       const Vec n = load(neg_lse + l), d = load(delta + l);
-      const int64_t at = j * ld + l;
-      const Vec first = gradient_of<Op, kDropout, kSoftcap>(t, at, exponent_scale, n, d, keep_float);
-      const Vec second = partner ? gradient_of<Op, kDropout, kSoftcap>(t, at + ld, exponent_scale, n, d, keep_float) : zero();
-      if constexpr (kStep<Op> == 2) {
-        store(t.ds + at, first);
-        if (partner) store(t.ds + at + ld, second);
-        store(reinterpret_cast<float*>(t.ds_pairs + j * ld + 2 * l), (Vec)to_bf16_pairs(first, second));
-      }
+      Vec p[2], ds[2];
+      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + l, scale, n, d, keep_float, p[0], ds[0]);
+      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + ld + l, scale, n, d, keep_float, p[1], ds[1]);
+      store_two_keys(t, j * ld + l, ld, p, ds);
     }
-  }
+  if (j < keys)
+    for (int64_t l = lane0; l < lane1; l += kLanes) {
+      Vec p, ds;
+      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + l, scale, load(neg_lse + l), load(delta + l), keep_float, p, ds);
+      store_key(t, j * ld + l, p, ds);
+    }
 }
 
-// P = exp2(scores * exponent_scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them.
+// P = exp(scores * scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For bfloat16
+// the exponential is one of 2: scale and neg_lse are in units of log2(e).
 template <class Op>
-void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float exponent_scale,
-                      const float* neg_lse, const float* delta, bool keep_float) {
+void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale, const float* neg_lse,
+                      const float* delta, bool keep_float) {
   if (t.dropout && t.factor)
-    softmax_gradient_of<Op, true, true>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+    softmax_gradient_of<Op, true, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else if (t.dropout)
-    softmax_gradient_of<Op, true, false>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+    softmax_gradient_of<Op, true, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else if (t.factor)
-    softmax_gradient_of<Op, false, true>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+    softmax_gradient_of<Op, false, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else
-    softmax_gradient_of<Op, false, false>(t, keys, lane0, lane1, exponent_scale, neg_lse, delta, keep_float);
+    softmax_gradient_of<Op, false, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
 }
 
 // factor = 1 - (s / softcap)^2 of capped scores.
@@ -217,7 +257,7 @@ XF_NOINLINE float sink_gradient(float sink, const float* neg_lse, const float* d
   Vec sum = zero();
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int n = int(min_of(kLanes, rows - i));
-    const Vec p = exp2(minimum(load(neg_lse + i, n) + sink * kLog2e, zero()));
+    const Vec p = exp2(minimum(load(neg_lse + i, n) + sink, zero()) * kLog2e);
     sum += p * load(delta + i, n);
   }
   return -reduce_add(sum);

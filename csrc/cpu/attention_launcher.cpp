@@ -21,6 +21,7 @@ enum Causal : int64_t { kNotCausal = 0, kBottomRight = 1, kTopLeft = 2 };
 
 struct Options {
   OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed;
+  int64_t max_seqlen_q, max_seqlen_k;
   double scale, softcap, dropout_p;
   int64_t causal, window_left, window_right;
 };
@@ -36,9 +37,11 @@ std::vector<int64_t> checked_offsets(const Tensor& t, const char* name, int64_t 
   return offsets;
 }
 
-int64_t longest(const std::vector<int64_t>& offsets) {
+int64_t longest(const std::vector<int64_t>& offsets, const char* name, int64_t promised) {
   int64_t most = 0;
   for (size_t i = 1; i < offsets.size(); ++i) most = std::max(most, offsets[i] - offsets[i - 1]);
+  STD_TORCH_CHECK(most <= promised, "xformer_fast: ", name, " is ", promised,
+                  ", must be at least the longest sequence, ", most);
   return most;
 }
 
@@ -66,8 +69,8 @@ struct Prepared {
       a.batch = static_cast<int64_t>(cu_q.size()) - 1;
       a.cu_seqlens_q = cu_q.data();
       a.cu_seqlens_k = cu_k.data();
-      a.seqlen_q = longest(cu_q);
-      a.seqlen_k = longest(cu_k);
+      a.seqlen_q = longest(cu_q, "max_seqlen_q", o.max_seqlen_q);
+      a.seqlen_k = longest(cu_k, "max_seqlen_k", o.max_seqlen_k);
     } else {
       a.batch = q.size(0);
       a.seqlen_q = q.size(2);
@@ -122,11 +125,11 @@ struct Prepared {
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
                                    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
-                                   OptionalTensor sinks, OptionalTensor dropout_seed, int64_t, int64_t, double scale,
+                                   OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                    double softcap, double dropout_p, int64_t causal, int64_t window_left,
                                    int64_t window_right) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, scale, softcap, dropout_p,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
               causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
@@ -143,11 +146,11 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
     OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t, int64_t, double scale,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
     double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
     bool need_alibi_grad, bool need_sinks_grad) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, scale, softcap, dropout_p,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
               causal, window_left, window_right});
   const Attention& a = p.a;
   Tensor d_query = empty_in_order_of(query, a.head_dim);

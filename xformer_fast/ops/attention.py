@@ -157,24 +157,34 @@ def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
     if dims == 2:
         return *(t[None, None] for t in tensors), ()
     if dims == 3:
-        batch = torch.broadcast_shapes(*(t.shape[:1] for t in tensors))
+        batch = _broadcast("batch", *(t.shape[:1] for t in tensors))
         return *(t.expand(*batch, -1, -1)[:, None] for t in tensors), batch
     heads = tensors[0].shape[-3]
-    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    batch = _broadcast("batch", *(t.shape[:-3] for t in tensors))
     if enable_gqa:
         most = max(t.shape[-3] for t in tensors[1:])
-        if heads % most or any(most % t.shape[-3] for t in tensors[1:]):
+        if not most or heads % most or any(most % t.shape[-3] for t in tensors[1:]):
             raise ValueError(
                 f"enable_gqa: key and value heads {[t.shape[-3] for t in tensors[1:]]} must divide {heads}"
             )
         tensors[1:] = [t if t.shape[-3] == most else t.repeat_interleave(most // t.shape[-3], -3) for t in tensors[1:]]
     else:
-        (heads,) = torch.broadcast_shapes(*(t.shape[-3:-2] for t in tensors))
+        (heads,) = _broadcast(
+            "heads (enable_gqa lets fewer key heads serve the query's)", *(t.shape[-3:-2] for t in tensors)
+        )
         tensors[0] = tensors[0].expand(*(-1,) * (dims - 3), heads, -1, -1)
         if tensors[1].shape[-3] != tensors[2].shape[-3]:
             tensors[1:] = [t.expand(*(-1,) * (dims - 3), heads, -1, -1) for t in tensors[1:]]
     tensors = [t.expand(*batch, -1, -1, -1) for t in tensors]
     return *(t.flatten(0, 1) if dims == 5 else t for t in tensors), (*batch, heads)
+
+
+def _broadcast(what: str, *shapes) -> tuple[int, ...]:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        q, k, v = (tuple(shape) for shape in shapes)
+        raise ValueError(f"query, key and value must broadcast in {what}, got {q}, {k} and {v}") from None
 
 
 def varlen_attention(
@@ -275,7 +285,7 @@ def _packed_call(
 def _check_options(call: Call, batch, heads):
     device = call.query.device
     checks.check_causal(call.causal)
-    checks.check_window(call.window)
+    call.window = checks.check_window(call.window)
     checks.check_numbers(call.scale, call.softcap, call.dropout_p)
     if call.key_lengths is not None:
         checks.check_lengths("key_lengths", call.key_lengths, batch, device)
@@ -295,6 +305,7 @@ def _check_options(call: Call, batch, heads):
 
 
 def run_reference(call: Call):
+    _check_values(call)
     shared = ("causal", "window", "key_lengths", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
     options = {name: getattr(call, name) for name in (*shared, "dropout_p", "return_lse")}
     if call.cu_seqlens_q is None:
@@ -305,13 +316,23 @@ def run_reference(call: Call):
     return reference.varlen_attention(query, key, call.value, call.cu_seqlens_q, call.cu_seqlens_k, **options)
 
 
+def _check_values(call: Call):
+    """What the kernels check themselves: values of lengths and offsets."""
+    limits = [call.key.shape[2]] * call.key.shape[0] if call.cu_seqlens_q is None else None
+    if limits is None and checks.values_are_readable(call.cu_seqlens_k):
+        checks.check_offset_values("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q)
+        limits = checks.check_offset_values("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k)
+    if limits is not None and call.key_lengths is not None and checks.values_are_readable(call.key_lengths):
+        checks.check_length_values("key_lengths", call.key_lengths, limits)
+
+
 def _rotate_packed(call: Call):
     return call.rope.rotate_packed(
         call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left"
     )
 
 
-def kernel_runner(forward: Callable) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
+def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
     """Runs a checked call on a registered operator: what kernels do not take is composed before it."""
 
     def run(call: Call):
@@ -355,14 +376,28 @@ def kernel_runner(forward: Callable) -> Callable[[Call], Tensor | tuple[Tensor, 
             left,
             right,
         )
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(arguments)):
+        if torch.compiler.is_compiling():
             out, lse = forward(*arguments)
-        else:  # spares the operator's autograd wrapper, which is Python
-            with torch._C._AutoDispatchBelowAutograd():
-                out, lse = forward(*arguments)
+        else:
+            out, lse = _run_eagerly(forward, twin, arguments)
         return (out, lse) if call.return_lse else out
 
     return run
+
+
+def _run_eagerly(forward: Callable, twin: type, arguments) -> tuple[Tensor, Tensor]:
+    try:
+        if torch._C._are_functorch_transforms_active():
+            return twin.apply(*arguments)
+        if torch.is_grad_enabled() and _any_requires_grad(arguments):
+            return forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
+            return forward(*arguments)
+    except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
+        _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
+        if not ours or message.startswith("out of memory"):
+            raise
+        raise ValueError(message) from None
 
 
 def _any_requires_grad(arguments) -> bool:
@@ -428,11 +463,11 @@ def _triton_runner() -> Callable:
 
     keys = ("CUDA", "CPU") if triton_problem() is None else ("CUDA",)
     operator.define("triton", forward, backward, keys)
-    return kernel_runner(operator.register("triton"))
+    return kernel_runner(*operator.register("triton"))
 
 
 def _cpu_runner() -> Callable:
-    return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
+    return kernel_runner(*operator.register("cpu")) if build_problem() is None else run_reference
 
 
 TABLE = Table(

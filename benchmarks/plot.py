@@ -1,0 +1,226 @@
+"""Draws the plots from a benchmark CSV alone.
+
+    python -m benchmarks.plot results.csv --out plots/
+
+speedup.png     per case: speed-up over SDPA of xformer_fast and of the best other peer, and the fraction of the ceiling
+memory.png      peak memory of a training step against length
+time.png        time of a training step against length
+throughput.png  TFLOP/s against length, per head dim, where the CSV has such families of cases
+A plot whose rows are not in the CSV is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import re
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Okabe and Ito's palette: distinct with any colour vision, and by lightness in print.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F",
+)  # fmt: skip
+STYLE = {
+    "xformer_fast": (BLUE, "o", "xformer_fast"),
+    "naive": (VERMILION, "s", "naive"),
+    "sdpa": (ORANGE, "^", "torch SDPA"),
+    "sdpa-flash": (GREEN, "v", "SDPA flash"),
+    "sdpa-efficient": (PURPLE, "D", "SDPA mem-efficient"),
+    "sdpa-cudnn": (SKY, "P", "SDPA cuDNN"),
+    "flex": (GREY, "X", "FlexAttention"),
+}
+MODE_TITLE = {"fwd": "forward", "bwd": "backward", "both": "training step"}
+NUMBERS = ("ms", "vs_sdpa", "vs_best_peer", "gflops", "fraction_of_ceiling", "peak_memory_mib")
+
+Row = dict[str, Any]
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows that have a speed, numbers as floats (None where empty)."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+    for row in rows:
+        for name in NUMBERS:
+            row[name] = float(row[name]) if row[name] else None
+    return rows
+
+
+def _is_length(row: Row) -> bool:
+    return re.fullmatch(r"length_\d+", row["case"]) is not None
+
+
+def _ours(row: Row) -> bool:
+    return row["peer"].split(":")[0] == "xformer_fast"
+
+
+def _subtitle(rows: list[Row]) -> str:
+    row = rows[0]
+    version = f"xformer_fast {row['xformer_fast']} ({row['commit']})"
+    return f"{row['device']} · torch {row['torch']} · {version} · {row['date'][:10]}"
+
+
+def _title(figure, title: str, rows: list[Row]) -> None:
+    figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
+    inches = figure.get_size_inches()[1]
+    figure.text(0.5, 1 - 0.42 / inches, _subtitle(rows), ha="center", va="top", fontsize=8.5, color="#444444")
+
+
+def speedup(rows: list[Row], path: pathlib.Path) -> bool:
+    """Horizontal bars, one panel a mode and dtype."""
+    rows = [row for row in rows if not _is_length(row) and row["vs_sdpa"] is not None]
+    ours: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if _ours(row):
+            held = ours[row["mode"], row["dtype"]].get(row["case"])
+            if held is None or row["ms"] < held["ms"]:
+                ours[row["mode"], row["dtype"]][row["case"]] = row
+    if not ours:
+        return False
+    modes = [mode for mode in MODE_TITLE if any(m == mode for m, _ in ours)]
+    dtypes = [d for d in ("float32", "bfloat16", "float16") if any(x == d for _, x in ours)]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    height = 0.34 * len(cases) + 0.9
+    figure, axes = plt.subplots(
+        len(modes), len(dtypes), figsize=(5.6 * len(dtypes) + 1, height * len(modes) + 1),
+        squeeze=False, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for i, mode in enumerate(modes):
+        for j, dtype in enumerate(dtypes):
+            _bars(axes[i, j], cases, ours[mode, dtype], f"{MODE_TITLE[mode]}, {dtype}")
+    axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
+    _title(figure, "Speed-up over torch SDPA (% = of the machine's measured ceiling)", rows)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return True
+
+
+def _bars(axis, cases: list[str], rows: dict[str, Row], title: str) -> None:
+    y = [i for i, case in enumerate(cases) if case in rows]
+    shown = [rows[case] for case in cases if case in rows]
+    axis.barh(y, [row["vs_sdpa"] for row in shown], color=BLUE, height=0.62, label="xformer_fast")
+    best = [row["vs_sdpa"] / row["vs_best_peer"] if row["vs_best_peer"] else None for row in shown]
+    points = [(b, i) for b, i in zip(best, y, strict=True) if b]
+    axis.scatter(*zip(*points, strict=True) if points else ([], []), color=ORANGE, edgecolor="black", linewidth=0.6,
+                 marker="D", s=26, zorder=3, label="best other peer")  # fmt: skip
+    for i, row, other in zip(y, shown, best, strict=True):
+        text = f"{row['vs_sdpa']:.1f}×  {100 * row['fraction_of_ceiling']:.0f}%"
+        axis.annotate(text, (max(row["vs_sdpa"], other or 0), i), xytext=(6, 0), textcoords="offset points",
+                      va="center", fontsize=8)  # fmt: skip
+    axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(cases)), cases, fontsize=8)
+    axis.set_ylim(len(cases) - 0.4, -0.6)
+    axis.margins(x=0.22)
+    axis.set_xlim(left=0)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("× torch SDPA", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(axis, rows: list[Row], x, y) -> None:
+    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if y(row) is not None:
+            series[row["peer"]].append((x(row), y(row)))
+    for peer, points in series.items():
+        colour, marker, label = STYLE.get(peer, (BLUE if peer.startswith("xformer_fast") else GREY, ".", peer))
+        axis.plot(
+            *zip(*sorted(points), strict=True), color=colour, marker=marker, label=label, linewidth=1.8, markersize=5
+        )
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("sequence length (tokens)")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def over_length(rows: list[Row], path: pathlib.Path, *, column: str, label: str, title: str) -> bool:
+    """A column against sequence length, log-log, one panel a dtype."""
+    rows = [row for row in rows if _is_length(row) and row["mode"] == "both" and row[column]]
+    rows = [row for row in rows if row["peer"] in STYLE or _ours(row)]
+    if not rows:
+        return False
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes) + 1, 4.4), squeeze=False, layout="constrained")
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        _lines(axis, chosen, lambda row: int(row["case"].rsplit("_", 1)[1]), lambda row: row[column])
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_ylabel(label)
+        axis.set_title(f"{dtype}, {re.sub(r', [0-9]+, ', ', length, ', chosen[0]['shape'], count=0)}", fontsize=9)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    _title(figure, title, rows)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return True
+
+
+def throughput(rows: list[Row], path: pathlib.Path) -> bool:
+    """TFLOP/s of families of cases called <kind>_<n>k_d<head_dim>, forward and training step."""
+    families: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        match = re.fullmatch(r"(full|causal|causal_gqa)_(\d+)k_d(\d+)", row["case"])
+        if match and row["dtype"] != "float32" and row["mode"] in ("fwd", "both"):
+            row["length"] = 1024 * int(match[2])
+            families[f"{match[1]}, D {match[3]}", f"{MODE_TITLE[row['mode']]}, {row['dtype']}"].append(row)
+    if not any(len({row["length"] for row in family}) > 1 for family in families.values()):
+        return False
+    kinds = list(dict.fromkeys(kind for kind, _ in families))
+    modes = list(dict.fromkeys(mode for _, mode in families))
+    figure, axes = plt.subplots(
+        len(kinds),
+        len(modes),
+        figsize=(4.6 * len(modes) + 1, 3.1 * len(kinds) + 1),
+        squeeze=False,
+        layout="constrained",
+    )
+    for i, kind in enumerate(kinds):
+        for j, mode in enumerate(modes):
+            _lines(axes[i, j], families[kind, mode], lambda row: row["length"], lambda row: row["gflops"] / 1e3)
+            axes[i, j].set_ylim(bottom=0)
+            axes[i, j].set_ylabel("TFLOP/s")
+            axes[i, j].set_title(f"{kind}, {mode}", fontsize=9)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    _title(figure, "Attention throughput", [row for family in families.values() for row in family])
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return True
+
+
+def draw(csv_path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Every plot that the CSV has rows for; returns their paths."""
+    rows = read(csv_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = "of a training step (forward and backward)"
+    drawn = {
+        "speedup.png": lambda path: speedup(rows, path),
+        "memory.png": lambda path: over_length(
+            rows, path, column="peak_memory_mib", label="MiB beyond the inputs", title=f"Peak memory {step}"
+        ),
+        "time.png": lambda path: over_length(rows, path, column="ms", label="ms", title=f"Time {step}"),
+        "throughput.png": lambda path: throughput(rows, path),
+    }
+    return [folder / name for name, plot in drawn.items() if plot(folder / name)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("csv", type=pathlib.Path, help="a CSV, or a folder with <device>/<op>.csv")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the plots (default: beside the CSV)")
+    args = parser.parse_args()
+    for path in sorted(args.csv.glob("*/*.csv")) if args.csv.is_dir() else [args.csv]:
+        for plot in draw(path, args.out or path.parent):
+            print(plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The benchmark cases under pytest-benchmark, and tests of the benchmark itself.
+
+pytest benchmarks                          # tiny versions: does every case run, and is it right?
+pytest benchmarks --benchmark-cases=quick  # the quick cases at full size, timed
+pytest benchmarks --benchmark-cases=all
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from xformer_fast import reference
+
+from . import plot
+from .cases import DTYPES, OPS, AttentionCase, select, sweep_cases
+from .check import Truth, worst
+from .naive import keep_mask
+from .peers import SDPA, Naive, Peer, Prepared, SDPAChunks, XformerFast, peers_of
+from .run import COLUMNS, CsvSink, Settings, bench, failures
+
+
+def tiny(case: AttentionCase) -> AttentionCase:
+    """The same options at a size that takes no time."""
+    seqlen_q, seqlen_k = min(case.seqlen_q, 40), min(case.seqlen_k, 40 if case.seqlen_q > 1 else 64)
+    window = (15, 0) if case.window else None
+    heads = case.heads // case.heads_kv * min(case.heads_kv, 2)
+    return dataclasses.replace(
+        case, batch=min(case.batch, 3), heads=heads, heads_kv=min(case.heads_kv, 2), window=window,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=min(case.head_dim, 16),
+    )  # fmt: skip
+
+
+def chosen_cases(config) -> list[AttentionCase]:
+    size = config.getoption("--benchmark-cases")
+    if size == "tiny":
+        unique = {dataclasses.replace(tiny(case), name="", quick=False): case for case in select("attention")}
+        return [tiny(case) for case in unique.values()]
+    return select("attention", quick=size == "quick")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", chosen_cases(metafunc.config), ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "both"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("peer", [XformerFast("attention"), Naive(), SDPA()], ids=lambda peer: peer.name)
+def test_attention(benchmark, case, peer, dtype, mode):
+    if mode not in case.modes:
+        pytest.skip("inference only")
+    rows = bench(
+        "attention",
+        [case],
+        dtypes=[dtype],
+        modes=[mode],
+        peers=[peer],
+        settings=Settings(seconds=0, memory=False),
+        show=False,
+    )
+    assert rows[0]["status"] == "ok", rows[0]["reason"]
+    grad = mode == "both"
+    inputs = OPS["attention"].inputs(case, DTYPES[dtype])
+    wrt = [x.requires_grad_() for name, x in inputs.items() if grad and name in OPS["attention"].differentiable]
+    prepared = peer.prepare(case, inputs)
+
+    def step():
+        with torch.set_grad_enabled(grad):
+            out = prepared.call()
+            if grad:
+                torch.autograd.grad(out, wrt, torch.ones_like(out))
+
+    benchmark.group = f"{case.name} {dtype} {mode}"
+    benchmark(step)
+
+
+class Broken(Peer):
+    """A kernel that is almost right."""
+
+    name = "xformer_fast"
+
+    def prepare(self, case, inputs):
+        return Prepared(lambda: reference.attention(**inputs) * (1 + 1e-4))
+
+
+SMALL = AttentionCase("small", 2, 4, 33, 16, heads_kv=2, causal=True)
+
+
+def test_a_wrong_result_gets_no_speed():
+    rows = bench(
+        "attention", [SMALL], dtypes=["float32"], peers=[Broken(), Naive()], settings=Settings(seconds=0), show=False
+    )
+    assert [row["status"] for row in rows] == ["wrong", "ok"] * 2
+    assert all("ms" not in row for row in rows if row["status"] == "wrong")
+    assert failures(rows) == [row for row in rows if row["peer"] == "xformer_fast"]
+
+
+def test_every_peer_is_right_or_says_why():
+    peers = [
+        peer for peer in peers_of("attention", "cpu") if peer.name not in ("flex", "naive-compiled")
+    ]  # these compile
+    rows = bench(
+        "attention", [SMALL], dtypes=["float32"], modes=["fwd"], peers=peers, settings=Settings(seconds=0), show=False
+    )
+    assert len(rows) == len(peers)
+    for row in rows:
+        assert row["status"] in ("ok", "skipped"), row
+        assert row["status"] == "ok" or row["reason"]
+
+
+def test_kept_pairs_counts_the_mask():
+    for case in (SMALL, *map(tiny, select("attention")), *map(tiny, select("attention", device="cuda"))):
+        inputs = OPS["attention"].inputs(case, torch.float32)
+        options = {name: inputs[name] for name in ("causal", "window", "key_lengths") if name in inputs}
+        keep = keep_mask(inputs["query"], inputs["key"], **options)
+        dense = torch.ones(case.batch, 1, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
+        assert case.kept_pairs() == int((dense if keep is None else dense & keep).sum())
+
+
+def test_checking_the_last_rows_or_by_parts_is_the_same_truth(monkeypatch):
+    case = AttentionCase("biased", 2, 4, 24, 8, seqlen_k=40, causal=True, bias=True)
+    op, inputs = OPS["attention"], OPS["attention"].inputs(case, torch.float64)
+    whole = Truth("attention", op, case, inputs, with_grads=True)
+    monkeypatch.setattr("benchmarks.check.SPLIT", 1)
+    parts = Truth("attention", op, case, inputs, with_grads=True)
+    for name, expected in whole.expected.items():
+        torch.testing.assert_close(parts.expected[name], expected)
+    monkeypatch.setattr("benchmarks.check.FULL_CHECK", op.score_elements(case) // 3)
+    tail = Truth("attention", op, case, inputs, with_grads=True)
+    assert tail.scope == "last 8 rows"
+    wrt = [x.requires_grad_() for name, x in inputs.items() if name in op.differentiable]
+    out = reference.attention(**inputs)
+    grads = torch.autograd.grad(out, wrt, tail.output_gradient(out))
+    results = {"out": out.detach(), **dict(zip(tail.wrt, grads, strict=True))}
+    assert worst(tail.errors(results)).ok
+    results["key"] = results["key"] + 1e-3
+    assert worst(tail.errors(results)).tensor == "key"
+
+
+def test_chunked_sdpa_is_the_window():
+    case = AttentionCase("window", 2, 3, 64, 8, causal=True, window=(15, 0))
+    rows = bench(
+        "attention", [case], dtypes=["float32"], peers=[SDPAChunks()], settings=Settings(seconds=0), show=False
+    )
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+
+
+def test_plots_are_drawn_from_the_csv_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    sink = CsvSink(path)
+    peers = [XformerFast("attention"), Naive(), SDPA()]
+    for cases in ([SMALL], sweep_cases((16, 32))):
+        bench("attention", cases, peers=peers, settings=Settings(seconds=0), on_rows=sink, show=False)
+    sink.close()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS
+    assert all(row["device"] and row["commit"] and row["torch"] and row["date"] for row in rows)
+    drawn = {p.name for p in plot.draw(path, tmp_path)}
+    assert {"speedup.png", "memory.png", "time.png"} <= drawn
+
+
+def test_unknown_case_names_those_there_are():
+    with pytest.raises(ValueError, match="full_2048_d64"):
+        select("attention", names="no_such_case")

@@ -1,0 +1,139 @@
+"""Softmax attention, forward: out = softmax(cap(Q·Kᵀ · scale) + ALiBi + mask) · V and lse, in one pass over the keys.
+
+A program owns BLOCK_M queries of one head and walks the key blocks that they see, keeping a running maximum and sum
+(online softmax: Milakov and Gimelshein 2018; FlashAttention-2: Dao 2023). Blocks that every query sees whole take a
+loop without position tests; blocks outside causal limit, window and key length are never read. Programs of one head are
+neighbours, so that its keys stay in L2, and those with the most keys start first. A sink is a running sum that starts
+at exp(sink). Not here: splitting the keys of one query over programs, which few queries over a long cache need.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops.attention_operator import in_order_of
+from .attention_scores import (
+    LENGTHS,
+    Problem,
+    alibi_slope,
+    block_at,
+    dropout,
+    is_visible,
+    key_limit_of,
+    mask_base,
+    scores,
+    sequence,
+    view,
+    visible_blocks,
+)
+from .common import LOG2E, dot, launch_context, load_tile, store_tile
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, query, key_base, value_base, key_stride, value_stride, rows, blocks, length_q, key_limit,
+    shift, scale, mask, slope, left, right, stream, terms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the key blocks that are seen whole, or (EDGE) in part."""
+    for i in range(blocks[5] if EDGE else blocks[1]):
+        start_n = block_at(i, blocks, EDGE) * BLOCK_N
+        columns = start_n + tl.arange(0, BLOCK_N)
+        key = load_tile(key_base, key_stride, start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+        products = dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        if PLAIN:  # scale > 0 and no other term: the maximum comes before the scale, which then joins an FMA
+            if EDGE:
+                visible = is_visible(rows[:, None], columns[None, :], shift, key_limit, left, right)
+                products = tl.where(visible, products, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
+        else:
+            s, _ = scores(
+                products, rows[:, None], columns[None, :], length_q, key_limit, shift, scale, mask, slope, left, right,
+                terms, EDGE,
+            )  # fmt: skip
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+        finite_max = new_max
+        if EDGE or terms.mask is not None:
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        if PLAIN:
+            weights = tl.exp2(products * scale - finite_max[:, None])
+        else:
+            weights = tl.exp2(s - finite_max[:, None])
+        correction = tl.exp2(row_max - finite_max)
+        row_sum = row_sum * correction + tl.sum(weights, 1)
+        row_max = new_max
+        weights = dropout(weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=False)
+        value = load_tile(value_base, value_stride, start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+        acc = dot(weights.to(value.dtype), value, acc * correction[:, None])  # [BLOCK_M, BLOCK_DV]
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_forward_kernel(
+    query, key, value, out, lse_ptr, terms, heads, group, rows_q, rows_k, max_rows_q, scale, window_left, window_right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOP_LEFT: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(max_rows_q, BLOCK_M)
+    stream = tl.program_id(0) // blocks_m
+    start_m = (blocks_m - 1 - tl.program_id(0) % blocks_m) * BLOCK_M
+    batch, head = stream // heads, stream % heads
+    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    if start_m >= length_q:
+        return
+    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
+    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
+    shift = 0 if TOP_LEFT else length_k - length_q
+
+    b, h, kv_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
+    key_base = key.ptr + b * key.strides[0] + kv_head * key.strides[1] + first_k * key.strides[2]
+    value_base = value.ptr + b * value.strides[0] + kv_head * value.strides[1] + first_k * value.strides[2]
+    out_base = out.ptr + b * out.strides[0] + h * out.strides[1] + first_q * out.strides[2]
+    mask = mask_base(terms, batch, head)
+    slope = alibi_slope(terms, batch, head)
+
+    rows = start_m + tl.arange(0, BLOCK_M)
+    last = tl.minimum(start_m + BLOCK_M, length_q) - 1
+    query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if terms.sinks is not None:
+        sink = tl.load(terms.sinks + head) * LOG2E
+        row_max = tl.zeros([BLOCK_M], tl.float32) + sink
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    blocks = visible_blocks(start_m, last, shift, key_limit, window_left, window_right, BLOCK_N)
+    for EDGE in tl.static_range(2):
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, query_tile, key_base, value_base, key.strides[2], value.strides[2], rows, blocks,
+            length_q, key_limit, shift, scale, mask, slope, window_left, window_right, stream, terms,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EDGE,
+        )  # fmt: skip
+
+    empty = row_sum == 0.0
+    divisor = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(divisor)) / LOG2E)
+    acc *= (terms.dropout_scale / divisor)[:, None]
+    store_tile(out_base, out.strides[2], start_m, length_q, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    lse_base = lse_ptr + (h if terms.cu_seqlens_q is not None else stream.to(tl.int64)) * rows_q + first_q
+    tl.store(lse_base + rows, lse, mask=rows < length_q)
+
+
+def forward(query, key, value, *terms):
+    """(out, lse): see the operator's schema."""
+    problem = Problem(query, key, value, *terms)
+    out = in_order_of(query, problem.head_dim_v)
+    lse = query.new_empty(problem.lse_shape, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tile = problem.tile("forward")
+    grid = (triton.cdiv(problem.max_rows_q, tile.block_m) * problem.batch * problem.heads,)
+    with launch_context(query):
+        attention_forward_kernel[grid](
+            view(query), view(key), view(value), view(out), lse, problem.terms, problem.heads, problem.group,
+            problem.rows_q, problem.rows_k, problem.max_rows_q, problem.score_scale, problem.window_left,
+            problem.window_right, PLAIN=problem.plain, **problem.constants(tile),
+        )  # fmt: skip
+    return out, lse

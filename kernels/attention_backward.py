@@ -1,0 +1,301 @@
+"""Softmax attention, backward: gradients of query, key, value, float mask, ALiBi slopes and sinks, without atomics.
+
+With P = exp(s - lse), kept and scaled by dropout where it applies, and delta_i = dO_i·O_i - dlse_i:
+    dV = Pᵀ·dO,   dS = P * (dO·Vᵀ - delta),   dQ = scale · dS·K,   dK = scale · dSᵀ·Q   (soft cap: dS times 1 - tanh²)
+    dmask = dS summed over the mask's broadcast axes,   dslope = -Σ dS·|p_i - j|,   dsink = -Σ exp(sink - lse)·delta
+Three kernels, each recomputing the scores, each result owned by one program, so that sums have one order:
+    query gradient: a program owns BLOCK_M queries and walks their visible keys. It goes first, and also writes, for the
+        others, two numbers a query: lse in log2 units (+inf where P is 0: no key, or padding) and delta;
+    key gradient: a program owns BLOCK_N keys and walks the queries that see them, over all heads of their GQA group;
+        at large head dims dK and dV are two launches, as one program cannot hold both sums in registers;
+    mask gradient (attention_mask_gradient.py): only when asked for.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops.attention_operator import in_order_of
+from .attention_mask_gradient import mask_gradient
+from .attention_scores import (
+    LENGTHS,
+    Problem,
+    alibi_slope,
+    block_at,
+    dropout,
+    key_limit_of,
+    mask_base,
+    score_gradient,
+    scores,
+    sequence,
+    view,
+    visible_blocks,
+)
+from .common import LOG2E, dot, launch_context, load_tile, store_tile
+
+
+class Statistics(NamedTuple):
+    """lse (log2 units) and delta of every query, each sequence's rows padded to whole blocks of queries."""
+
+    ptr: Any
+    delta: Any  # from a row's lse to its delta
+    stride: Any  # from a head to the next; packed sequences share a head's rows
+    padding: Any  # between packed sequences
+
+
+@triton.jit
+def statistics_of(statistics, batch, head, stream, first_q, terms):
+    if terms.cu_seqlens_q is None:
+        return statistics.ptr + stream.to(tl.int64) * statistics.stride
+    else:
+        return statistics.ptr + head.to(tl.int64) * statistics.stride + first_q + batch * statistics.padding
+
+
+@triton.jit
+def _query_gradient(
+    acc, slope_sum, query, grad_out, lse, delta, key_base, value_base, key_stride, value_stride, rows, blocks, length_q,
+    key_limit, shift, scale, mask, slope, left, right, stream, terms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds dS·K (and the slope's terms, a row each) over the key blocks that are seen whole, or (EDGE) in part."""
+    for i in range(blocks[5] if EDGE else blocks[1]):
+        start_n = block_at(i, blocks, EDGE) * BLOCK_N
+        columns = start_n + tl.arange(0, BLOCK_N)
+        key = load_tile(key_base, key_stride, start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+        value = load_tile(value_base, value_stride, start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+        s, bent = scores(
+            dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, mask, slope,
+            left, right, terms, EDGE,
+        )  # fmt: skip
+        weights = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        grad_weights = dot(grad_out, tl.trans(value))
+        if terms.dropout_seed is not None:
+            grad_weights = dropout(grad_weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=False)
+            grad_weights *= terms.dropout_scale
+        grad_scores = weights * (grad_weights - delta[:, None])
+        if SLOPE_GRADIENT:
+            distance = tl.abs(rows[:, None] + shift - columns[None, :]).to(tl.float32)
+            slope_sum -= tl.sum(grad_scores * distance, 1)
+        grad_scores = score_gradient(grad_scores, bent, terms)
+        acc = dot(grad_scores.to(key.dtype), key, acc)
+    return acc, slope_sum
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_query_gradient_kernel(
+    grad_out, grad_lse_ptr, query, key, value, out, lse_ptr, statistics, grad_query, slope_parts, sink_parts, terms,
+    heads, group, rows_q, rows_k, max_rows_q, scale, output_scale, window_left, window_right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOP_LEFT: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(max_rows_q, BLOCK_M)
+    stream = tl.program_id(0) // blocks_m
+    block = blocks_m - 1 - tl.program_id(0) % blocks_m
+    start_m = block * BLOCK_M
+    batch, head = stream // heads, stream % heads
+    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    if start_m >= length_q:
+        return
+    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
+    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
+    shift = 0 if TOP_LEFT else length_k - length_q
+
+    b, h, kv_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
+    key_base = key.ptr + b * key.strides[0] + kv_head * key.strides[1] + first_k * key.strides[2]
+    value_base = value.ptr + b * value.strides[0] + kv_head * value.strides[1] + first_k * value.strides[2]
+    out_base = out.ptr + b * out.strides[0] + h * out.strides[1] + first_q * out.strides[2]
+    grad_out_base = grad_out.ptr + b * grad_out.strides[0] + h * grad_out.strides[1] + first_q * grad_out.strides[2]
+    grad_base = (
+        grad_query.ptr + b * grad_query.strides[0] + h * grad_query.strides[1] + first_q * grad_query.strides[2]
+    )
+    lse_offset = (h if terms.cu_seqlens_q is not None else stream.to(tl.int64)) * rows_q + first_q
+    mask = mask_base(terms, batch, head)
+    slope = alibi_slope(terms, batch, head)
+
+    rows = start_m + tl.arange(0, BLOCK_M)
+    last = tl.minimum(start_m + BLOCK_M, length_q) - 1
+    grad_out_tile = load_tile(grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    out_tile = load_tile(out_base, out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + lse_offset + rows, mask=rows < length_q, other=0.0)
+    lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < length_q, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    statistics_base = statistics_of(statistics, batch, head, stream, first_q, terms)
+    tl.store(statistics_base + rows, lse)
+    tl.store(statistics_base + statistics.delta + rows, delta)
+    part = stream.to(tl.int64) * blocks_m + block
+    if sink_parts is not None:
+        sink_share = tl.exp2(tl.load(terms.sinks + head) * LOG2E - lse)
+        tl.store(sink_parts + part, -tl.sum(sink_share * delta, 0))
+
+    query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    slope_sum = tl.zeros([BLOCK_M], tl.float32)
+    SLOPE_GRADIENT: tl.constexpr = slope_parts is not None
+    blocks = visible_blocks(start_m, last, shift, key_limit, window_left, window_right, BLOCK_N)
+    for EDGE in tl.static_range(2):
+        acc, slope_sum = _query_gradient(
+            acc, slope_sum, query_tile, grad_out_tile, lse, delta, key_base, value_base, key.strides[2],
+            value.strides[2], rows, blocks, length_q, key_limit, shift, scale, mask, slope, window_left, window_right,
+            stream, terms, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, SLOPE_GRADIENT, EDGE,
+        )  # fmt: skip
+    store_tile(grad_base, grad_query.strides[2], start_m, length_q, acc * output_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if SLOPE_GRADIENT:
+        tl.store(slope_parts + part, tl.sum(slope_sum, 0))
+
+
+@triton.jit
+def _key_gradient(
+    grad_key, grad_value, key, value, query, grad_out, statistics, columns, start_n, blocks, batch, kv_head, heads, group,
+    first_q, length_q, key_limit, shift, scale, left, right, terms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds dSᵀ·Q (KEY) and Pᵀ·dO (VALUE) over the query blocks of the group that see all of the keys, or (EDGE) some.
+
+    One flat loop over heads and blocks: nested ones keep the addresses of every loop in registers at once.
+    """
+    count = blocks[5] if EDGE else blocks[1]
+    for step in range(group * count):
+        head = kv_head * group + step // tl.maximum(count, 1)
+        start_m = block_at(step % tl.maximum(count, 1), blocks, EDGE) * BLOCK_M
+        stream = batch * heads + head
+        rows = start_m + tl.arange(0, BLOCK_M)
+        b, h = batch.to(tl.int64), head.to(tl.int64)
+        query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
+        grad_out_base = (
+            grad_out.ptr + b * grad_out.strides[0] + h * grad_out.strides[1] + first_q * grad_out.strides[2]
+        )
+        query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+        grad_out_tile = load_tile(
+            grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE
+        )
+        lse_base = statistics_of(statistics, batch, head, stream, first_q, terms) + start_m
+        lse = tl.load(lse_base + tl.arange(0, BLOCK_M))
+        delta = tl.load(lse_base + statistics.delta + tl.arange(0, BLOCK_M)) if KEY else lse
+        mask, slope = mask_base(terms, batch, head), alibi_slope(terms, batch, head)
+        s, bent = scores(
+            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, mask, slope,
+            left, right, terms, EDGE,
+        )  # fmt: skip
+        weights = tl.exp2(s - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        if VALUE:
+            kept = dropout(weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=True)
+            grad_value = dot(kept.to(grad_out_tile.dtype), grad_out_tile, grad_value)
+        if KEY:
+            grad_weights = dot(value, tl.trans(grad_out_tile))
+            if terms.dropout_seed is not None:
+                grad_weights = dropout(grad_weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=True)
+                grad_weights *= terms.dropout_scale
+            grad_scores = score_gradient(weights * (grad_weights - delta[None, :]), bent, terms)
+            grad_key = dot(grad_scores.to(query_tile.dtype), query_tile, grad_key)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_key_gradient_kernel(
+    grad_out, query, key, value, statistics, grad_key, grad_value, terms, heads, group, rows_q, rows_k,
+    max_rows_k, scale, output_scale, window_left, window_right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOP_LEFT: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    blocks_n = tl.cdiv(max_rows_k, BLOCK_N)
+    start_n = (tl.program_id(0) % blocks_n) * BLOCK_N
+    heads_kv = heads // group
+    batch, kv_head = tl.program_id(0) // blocks_n // heads_kv, tl.program_id(0) // blocks_n % heads_kv
+    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
+    if start_n >= length_k:
+        return
+    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
+    shift = 0 if TOP_LEFT else length_k - length_q
+
+    b, kv = batch.to(tl.int64), kv_head.to(tl.int64)
+    key_base = key.ptr + b * key.strides[0] + kv * key.strides[1] + first_k * key.strides[2]
+    value_base = value.ptr + b * value.strides[0] + kv * value.strides[1] + first_k * value.strides[2]
+    grad_key_base = grad_key.ptr + b * grad_key.strides[0] + kv * grad_key.strides[1] + first_k * grad_key.strides[2]
+    grad_value_base = (
+        grad_value.ptr + b * grad_value.strides[0] + kv * grad_value.strides[1] + first_k * grad_value.strides[2]
+    )
+    columns = start_n + tl.arange(0, BLOCK_N)
+    key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+    key_acc, value_acc = 0.0, 0.0
+    if KEY:
+        key_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if VALUE:
+        value_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    last = tl.minimum(start_n + BLOCK_N, key_limit) - 1
+    query_limit = tl.where(start_n < key_limit, length_q, 0)
+    blocks = visible_blocks(start_n, last, -shift, query_limit, window_right, window_left, BLOCK_M)
+    for EDGE in tl.static_range(2):
+        key_acc, value_acc = _key_gradient(
+            key_acc, value_acc, key_tile, value_tile, query, grad_out, statistics, columns, start_n, blocks, batch,
+            kv_head, heads, group, first_q, length_q, key_limit, shift, scale, window_left, window_right, terms,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY, VALUE, EDGE,
+        )  # fmt: skip
+    read = (columns < key_limit)[:, None]  # what padding keys gathered is thrown away
+    if KEY:
+        key_acc = tl.where(read, key_acc * output_scale, 0.0)
+        store_tile(grad_key_base, grad_key.strides[2], start_n, length_k, key_acc, HEAD_DIM, BLOCK_N, BLOCK_D)
+    if VALUE:
+        value_acc = tl.where(read, value_acc * terms.dropout_scale, 0.0)
+        store_tile(grad_value_base, grad_value.strides[2], start_n, length_k, value_acc, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+
+
+def backward(
+    grad_out, grad_lse, query, key, value, out, lse, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
+    *rest,
+):  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_mask, grad_alibi_slopes, grad_sinks): see the operator's schema."""
+    *numbers, need_mask_grad, need_alibi_grad, need_sinks_grad = rest
+    problem = Problem(
+        query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, *numbers
+    )  # fmt: skip
+    unneeded = query.new_empty(0, dtype=torch.float32)
+    grads = [in_order_of(t, t.shape[-1]) for t in (query, key, value)]
+    if query.numel() == 0:
+        for t, need in ((mask, need_mask_grad), (alibi_slopes, need_alibi_grad), (sinks, need_sinks_grad)):
+            grads.append(t.new_empty(t.shape) if need else unneeded)
+        return tuple(grad.zero_() for grad in grads)
+
+    packed = cu_seqlens_q is not None
+    tile = problem.tile("grad_query")
+    blocks = triton.cdiv(problem.max_rows_q, tile.block_m)
+    rows = problem.rows_q + problem.batch * tile.block_m if packed else blocks * tile.block_m
+    streams = problem.heads if packed else problem.batch * problem.heads
+    statistics = Statistics(query.new_empty((2, streams, rows), dtype=torch.float32), streams * rows, rows, tile.block_m)
+    # One part a program; a block past the end of its packed sequence writes none.
+    allocate = functools.partial(query.new_zeros if packed else query.new_empty, dtype=torch.float32)
+    slope_parts = allocate((problem.batch, problem.heads, blocks)) if need_alibi_grad else None
+    sink_parts = allocate((problem.batch, problem.heads, blocks)) if need_sinks_grad else None
+    views = [view(t) for t in (grad_out, query, key, value)]
+    sizes = problem.heads, problem.group, problem.rows_q, problem.rows_k
+    numbers = problem.score_scale, problem.scale, problem.window_left, problem.window_right
+    with launch_context(query):
+        attention_query_gradient_kernel[(blocks * problem.batch * problem.heads,)](
+            views[0], None if grad_lse is None else grad_lse.float().contiguous(), *views[1:], view(out),
+            lse.contiguous(), statistics, view(grads[0]), slope_parts, sink_parts, problem.terms, *sizes,
+            problem.max_rows_q, *numbers, **problem.constants(tile),
+        )  # fmt: skip
+        if problem.rows_k > 0:
+            for tile, which in problem.key_gradient_tiles():
+                blocks = triton.cdiv(problem.max_rows_k, tile.block_n)
+                attention_key_gradient_kernel[(blocks * problem.batch * problem.heads_kv,)](
+                    *views, statistics, view(grads[1]), view(grads[2]), problem.terms, *sizes, problem.max_rows_k,
+                    *numbers, **problem.constants(tile), **which,
+                )  # fmt: skip
+        grads.append(mask_gradient(problem, mask, views, statistics) if need_mask_grad else unneeded)
+    if need_alibi_grad:
+        per_batch = slope_parts.sum(-1)
+        grads.append((per_batch if alibi_slopes.dim() == 2 else per_batch.sum(0)).to(alibi_slopes.dtype))
+    else:
+        grads.append(unneeded)
+    grads.append(sink_parts.sum((0, 2)).to(sinks.dtype) if need_sinks_grad else unneeded)
+    return tuple(grads)

@@ -1,0 +1,323 @@
+"""What attention's forward and backward kernels share: problem description, scores, visible blocks, tile sizes.
+
+A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + mask, with p_i = i + shift; every exponential is then
+one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal attention is the case
+right = 0. An option that is absent is None, and its code is compiled out. Lengths and windows are run-time numbers that
+Triton does not specialise on: a new length does not recompile.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import INTERPRET, LOG2E, architecture, block_width, keep_bits, tanh
+
+LENGTHS = ["rows_q", "rows_k", "max_rows_q", "max_rows_k", "window_left", "window_right"]  # never specialised on
+
+
+class View(NamedTuple):
+    """A tensor of rows of unit-stride channels: (batch, head, row) strides; batch stride 0 if sequences are packed."""
+
+    ptr: Any
+    strides: Any
+
+
+class Terms(NamedTuple):
+    """Pointers and numbers of the optional terms, None where absent."""
+
+    mask: Any  # boolean masks as uint8
+    mask_strides: Any  # (batch, head, query, key), 0 where broadcast
+    key_lengths: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    alibi_slopes: Any
+    alibi_batch_stride: Any
+    sinks: Any
+    dropout_seed: Any
+    dropout_threshold: Any  # 32 random bits keep an element if they are >= it
+    dropout_scale: Any  # of what is kept
+    softcap: Any  # in log2 units
+
+
+@triton.jit
+def sequence(batch, cu_seqlens, rows):
+    """(first row, length) of a sequence; `rows` is the length, or that of the packed tensor, which no sequence leaves."""
+    if cu_seqlens is None:
+        return tl.full([], 0, tl.int64), rows
+    else:
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), rows)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch + 1), begin), rows)
+        return begin.to(tl.int64), (end - begin).to(tl.int32)
+
+
+@triton.jit
+def key_limit_of(batch, key_lengths, length):
+    """Keys at or past it are never read."""
+    if key_lengths is None:
+        return length
+    else:
+        return tl.minimum(tl.maximum(tl.load(key_lengths + batch), 0), length).to(tl.int32)
+
+
+@triton.jit
+def visible_blocks(first, last, shift, limit, left, right, BLOCK: tl.constexpr):
+    """The blocks of columns that the rows first..last see: (full_begin, full_count, begin, before, after, edge_count).
+
+    Row i sees columns i + shift - left .. i + shift + right, below `limit`. `full_count` blocks from full_begin are seen
+    whole by every row; edge_count others are seen in part: `before` of them from block `begin`, the rest from `after`.
+    To ask which rows see a column, swap left and right and negate shift.
+    """
+    begin = 0
+    full_begin = 0
+    end = limit
+    full_end = limit
+    if right is not None:
+        end = tl.maximum(tl.minimum(end, last + shift + right + 1), 0)
+        full_end = tl.maximum(tl.minimum(full_end, first + shift + right + 1), 0)
+    if left is not None:
+        begin = tl.maximum(first + shift - left, 0) // BLOCK
+        full_begin = tl.cdiv(tl.maximum(last + shift - left, 0), BLOCK)
+    end = tl.cdiv(end, BLOCK)
+    after = tl.maximum(full_end // BLOCK, full_begin)
+    before = tl.maximum(tl.minimum(full_begin, end) - begin, 0)
+    return full_begin, after - full_begin, begin, before, after, before + tl.maximum(end - after, 0)
+
+
+@triton.jit
+def block_at(i, blocks, EDGE: tl.constexpr):
+    """The i-th of the blocks seen whole, or in part."""
+    full_begin, _, begin, before, after, _ = blocks
+    if EDGE:
+        return tl.where(i < before, begin + i, after - before + i)
+    else:
+        return full_begin + i
+
+
+@triton.jit
+def is_visible(rows, columns, shift, key_limit, left, right):
+    visible = columns < key_limit
+    if right is not None:
+        visible = visible & (columns <= rows + shift + right)
+    if left is not None:
+        visible = visible & (columns >= rows + shift - left)
+    return visible
+
+
+@triton.jit
+def mask_base(terms, batch, head):
+    if terms.mask is None:
+        return 0
+    else:
+        strides = terms.mask_strides
+        return terms.mask + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def alibi_slope(terms, batch, head):
+    if terms.alibi_slopes is None:
+        return 0.0
+    else:
+        return tl.load(terms.alibi_slopes + batch * terms.alibi_batch_stride + head).to(tl.float32)
+
+
+@triton.jit
+def scores(products, rows, columns, length_q, key_limit, shift, scale, mask, slope, left, right, terms, EDGE: tl.constexpr):
+    """(scores in log2 units, -inf where masked; tanh of the soft cap, else the products).
+
+    `products` are q·k; `rows` and `columns` broadcast against them in either orientation. EDGE: some keys of the tile
+    are not visible. `scale` includes log2(e), or 1/softcap where a cap follows.
+    """
+    bent = products
+    s = products * scale
+    if terms.softcap is not None:
+        bent = tanh(s)
+        s = bent * terms.softcap
+    if terms.alibi_slopes is not None:
+        s -= (slope * LOG2E) * tl.abs(rows + shift - columns).to(tl.float32)
+    if terms.mask is not None:
+        strides = terms.mask_strides
+        pointers = mask + rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]
+        bias = tl.load(pointers, mask=(rows < length_q) & (columns < key_limit), other=0)
+        if terms.mask.dtype.element_ty == tl.uint8:
+            s = tl.where(bias != 0, s, float("-inf"))
+        else:
+            s += bias.to(tl.float32) * LOG2E
+    if EDGE:
+        s = tl.where(is_visible(rows, columns, shift, key_limit, left, right), s, float("-inf"))
+    return s, bent
+
+
+@triton.jit
+def score_gradient(grad_scores, bent, terms):
+    """Through the soft cap; the factor `scale` is left to the caller."""
+    if terms.softcap is not None:
+        return grad_scores * (1.0 - bent * bent)
+    else:
+        return grad_scores
+
+
+@triton.jit
+def dropout(values, rows, first_column, stream, terms, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Zeros what is dropped; what is kept is not scaled here."""
+    if terms.dropout_seed is None:
+        return values
+    else:
+        keep = keep_bits(
+            terms.dropout_seed, terms.dropout_threshold, stream, rows, first_column, BLOCK_N, TRANSPOSED
+        )
+        return tl.where(keep, values, 0.0)
+
+
+class Tile(NamedTuple):
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, larger head dim up to, architecture) -> tile, for 16-bit inputs. Without a grad_value row, grad_key computes both
+# gradients at once. Query blocks of grad_key and grad_mask divide those of grad_query, which pads what they read.
+TILES = {
+    ("forward", 64, "sm80"): Tile(128, 64, 4, 3),
+    ("forward", 128, "sm80"): Tile(128, 64, 8, 3),
+    ("forward", 256, "sm80"): Tile(64, 64, 8, 2),
+    ("forward", 64, "sm86"): Tile(128, 64, 4, 2),
+    ("forward", 128, "sm86"): Tile(128, 32, 4, 2),
+    ("forward", 256, "sm86"): Tile(64, 32, 8, 2),
+    ("forward", 64, "sm90"): Tile(128, 128, 8, 2),
+    ("forward", 128, "sm90"): Tile(128, 128, 8, 2),
+    ("forward", 256, "sm90"): Tile(128, 64, 8, 2),
+    ("grad_query", 64, "sm80"): Tile(128, 64, 8, 2),
+    ("grad_query", 128, "sm80"): Tile(128, 32, 8, 2),
+    ("grad_query", 256, "sm80"): Tile(64, 32, 8, 2),
+    ("grad_query", 64, "sm86"): Tile(64, 64, 4, 2),
+    ("grad_query", 128, "sm86"): Tile(64, 32, 4, 2),
+    ("grad_query", 256, "sm86"): Tile(32, 32, 8, 1),
+    ("grad_query", 64, "sm90"): Tile(128, 64, 8, 2),
+    ("grad_query", 128, "sm90"): Tile(128, 64, 8, 2),
+    ("grad_query", 256, "sm90"): Tile(128, 32, 8, 2),
+    ("grad_key", 64, "sm80"): Tile(32, 128, 8, 2),
+    ("grad_key", 128, "sm80"): Tile(64, 64, 8, 2),
+    ("grad_key", 256, "sm80"): Tile(32, 64, 8, 2),
+    ("grad_key", 64, "sm86"): Tile(32, 64, 4, 2),
+    ("grad_key", 128, "sm86"): Tile(32, 64, 8, 2),
+    ("grad_key", 256, "sm86"): Tile(16, 64, 8, 2),
+    ("grad_key", 64, "sm90"): Tile(64, 128, 8, 2),
+    ("grad_key", 128, "sm90"): Tile(32, 128, 8, 2),
+    ("grad_key", 256, "sm90"): Tile(32, 128, 8, 2),
+    ("grad_value", 256, "sm80"): Tile(32, 64, 8, 2),
+    ("grad_value", 256, "sm86"): Tile(16, 64, 8, 2),
+    ("grad_value", 256, "sm90"): Tile(64, 128, 8, 2),
+    ("grad_mask", 64, "sm80"): Tile(64, 64, 4, 1),
+    ("grad_mask", 128, "sm80"): Tile(64, 64, 4, 1),
+    ("grad_mask", 256, "sm80"): Tile(64, 32, 4, 1),
+    ("grad_mask", 64, "sm86"): Tile(64, 64, 4, 1),
+    ("grad_mask", 128, "sm86"): Tile(64, 32, 4, 1),
+    ("grad_mask", 256, "sm86"): Tile(32, 32, 4, 1),
+    ("grad_mask", 64, "sm90"): Tile(64, 64, 4, 1),
+    ("grad_mask", 128, "sm90"): Tile(64, 64, 4, 1),
+    ("grad_mask", 256, "sm90"): Tile(64, 64, 8, 1),
+}
+# The same for float32 inputs, on every architecture.
+FLOAT32_TILES = {
+    ("forward", 64): Tile(64, 32, 4, 2),
+    ("forward", 128): Tile(64, 32, 8, 1),
+    ("forward", 256): Tile(32, 16, 4, 1),
+    ("grad_query", 64): Tile(64, 32, 8, 1),
+    ("grad_query", 128): Tile(64, 16, 8, 1),
+    ("grad_query", 256): Tile(16, 16, 8, 1),
+    ("grad_key", 64): Tile(32, 64, 8, 1),
+    ("grad_key", 128): Tile(16, 64, 8, 1),
+    ("grad_key", 256): Tile(16, 16, 8, 1),
+    ("grad_value", 256): Tile(16, 16, 8, 1),
+    ("grad_mask", 64): Tile(32, 32, 4, 1),
+    ("grad_mask", 128): Tile(32, 32, 4, 1),
+    ("grad_mask", 256): Tile(16, 16, 4, 1),
+}
+INTERPRETER_TILES = {
+    (kernel, bucket): Tile(32, 16, 1, 1)
+    for kernel in ("forward", "grad_query", "grad_key", "grad_mask", "grad_value")
+    for bucket in (64, 128, 256)
+    if (kernel, bucket) not in (("grad_value", 64), ("grad_value", 128))
+}
+
+
+class Problem:
+    """What every launch of one call needs: sizes, terms and numbers, read from the operator's arguments."""
+
+    def __init__(
+        self, query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed,
+        max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right,
+    ):  # fmt: skip
+        packed = cu_seqlens_q is not None
+        self.device, self.dtype = query.device, query.dtype
+        self.batch = cu_seqlens_q.shape[0] - 1 if packed else query.shape[0]
+        self.rows_q, self.rows_k = (t.shape[0 if packed else 2] for t in (query, key))
+        self.max_rows_q = min(max_seqlen_q, self.rows_q) if packed else self.rows_q
+        self.max_rows_k = min(max_seqlen_k, self.rows_k) if packed else self.rows_k
+        self.heads, self.heads_kv = query.shape[1], key.shape[1]
+        self.group = self.heads // max(self.heads_kv, 1)
+        self.head_dim, self.head_dim_v = query.shape[-1], value.shape[-1]
+        self.head_dim_bucket = max(64, block_width(self.head_dim), block_width(self.head_dim_v))
+        self.lse_shape = (self.heads, self.rows_q) if packed else query.shape[:3]
+        self.scale = scale
+        self.score_scale = scale / softcap if softcap else scale * LOG2E.value
+        self.top_left = causal == 2
+        longest = self.rows_q + self.rows_k  # as good as no limit, and safe to add to a position
+        self.window_left = min(window_left, longest) if window_left >= 0 else None
+        self.window_right = min(window_right, longest) if window_right >= 0 else None
+        if causal:
+            self.window_right = 0
+        self.plain = scale > 0 and not softcap and mask is None and alibi_slopes is None
+        dropped = dropout_p > 0
+        self.terms = Terms(
+            mask=mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
+            mask_strides=None if mask is None else broadcast_strides(mask),
+            key_lengths=key_lengths,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
+            alibi_batch_stride=None if alibi_slopes is None else (alibi_slopes.dim() - 1) * self.heads,
+            sinks=sinks,
+            dropout_seed=dropout_seed if dropped else None,
+            dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1) if dropped else None,
+            dropout_scale=(1 / (1 - dropout_p) if dropout_p < 1 else 0.0) if dropped else 1.0,
+            softcap=softcap * LOG2E.value if softcap else None,
+        )
+
+    def tile(self, kernel: str) -> Tile | None:
+        if INTERPRET:
+            return INTERPRETER_TILES.get((kernel, self.head_dim_bucket))
+        if self.dtype == torch.float32:
+            return FLOAT32_TILES.get((kernel, self.head_dim_bucket))
+        return TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
+
+    def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:
+        """The launches of the key-gradient kernel: one for both sums, or one each where the table has a grad_value row."""
+        tile, value_tile = self.tile("grad_key"), self.tile("grad_value")
+        if value_tile is None:
+            return [(tile, {"KEY": True, "VALUE": True})]
+        return [(tile, {"KEY": True, "VALUE": False}), (value_tile, {"KEY": False, "VALUE": True})]
+
+    def constants(self, tile: Tile) -> dict:
+        """The compile-time arguments that every kernel of a call takes."""
+        return {
+            "HEAD_DIM": self.head_dim, "HEAD_DIM_V": self.head_dim_v, "TOP_LEFT": self.top_left,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "BLOCK_D": block_width(self.head_dim), "BLOCK_DV": block_width(self.head_dim_v),
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        }  # fmt: skip
+
+
+def view(tensor: torch.Tensor) -> View:
+    """Of a (B, H, S, D) tensor, or of a packed (T, H, D) one; copied if its channels are not adjacent."""
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    strides = tensor.stride()
+    return View(tensor, strides[:3] if len(strides) == 4 else (0, strides[1], strides[0]))
+
+
+def broadcast_strides(mask: torch.Tensor) -> tuple:
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))

@@ -1,0 +1,33 @@
+"""Fixtures every test file shares."""
+
+import pytest
+import torch
+
+from xformer_fast import build_info, dispatch
+
+
+def pytest_report_header():
+    built, usable = build_info.isa_levels(), build_info.usable_isa_levels()
+    missing = [level for level in built if level not in usable]
+    return [
+        f"C++ kernels: {dispatch.build_problem() or 'built'}; tested on {', '.join(usable) or '-'}"
+        + (f"; not tested, this CPU lacks {', '.join(missing)}" if missing else "")
+    ]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=build_info.isa_levels() or ["default"])  # "default": without the C++ kernels
+def isa(request, monkeypatch):
+    """Runs the test once an instruction set of the binary; the operators read the variable at every call."""
+    if request.param in build_info.isa_levels():
+        if request.param not in build_info.usable_isa_levels():
+            pytest.skip(f"this CPU has no {request.param}")
+        monkeypatch.setenv("XFORMER_FAST_ISA", request.param)
+    return request.param

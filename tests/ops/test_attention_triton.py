@@ -1,0 +1,140 @@
+"""The Triton kernels of softmax attention, run by Triton's interpreter on the CPU: TRITON_INTERPRET=1 pytest <this file>.
+
+The interpreter runs every operation of every program in numpy: shapes are small, and bfloat16, which it holds as
+integers, is left to a GPU, as is the rounding of the matrix units.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from attention_cases import OPTIONS, check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+
+import xformer_fast
+from xformer_fast import reference
+from xformer_fast.testing import check_close
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+
+KERNEL_OPTIONS = [name for name in OPTIONS if name not in ("rope", "relative_bias")]  # those are composed outside
+MOST_TILES = 12  # visited by one pass over a case
+
+
+def tiles(case) -> int:
+    """How many score tiles one pass computes, about."""
+    query, key = case.tensors["query"], case.tensors["key"]
+    lengths = [(query.shape[2], key.shape[2])] * query.shape[0] if not case.packed else []
+    if case.packed:
+        ends = (case.options[f"cu_seqlens_{name}"].diff().tolist() for name in "qk")
+        lengths = list(zip(*ends, strict=True))
+    return query.shape[1] * sum(math.ceil(q / 32) * math.ceil(k / 16) for q, k in lengths)
+
+
+def cheap_cases(count: int, packed: bool) -> list[int]:
+    seeds, seed = [], 0
+    while len(seeds) < count:
+        case = draw(seed, torch.float32, packed=packed, small=True, options=KERNEL_OPTIONS, rate=0.4)
+        if tiles(case) <= MOST_TILES:
+            seeds.append(seed)
+        seed += 1
+    return seeds
+
+
+def compare(case):
+    truth, naive = truth_and_naive(case)
+    with unwritten_memory_is_nan():
+        results = evaluate(case, on_backend("triton", packed=case.packed))
+    check(case, results, truth, naive, "triton, interpreted")
+
+
+@pytest.mark.parametrize("seed", cheap_cases(56, packed=False))
+def test_random_dense(seed):
+    dtype = torch.float16 if seed % 3 == 0 else torch.float32
+    compare(draw(seed, dtype, small=True, options=KERNEL_OPTIONS, rate=0.4))
+
+
+@pytest.mark.parametrize("seed", cheap_cases(20, packed=True))
+def test_random_packed(seed):
+    dtype = torch.float16 if seed % 3 == 0 else torch.float32
+    compare(draw(seed, dtype, packed=True, small=True, options=KERNEL_OPTIONS, rate=0.4))
+
+
+def run(query, key, value, **options):
+    """Outputs and gradients of everything that requires grad, by Triton, the exact formula and the naive one."""
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= {name: t for name, t in options.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    options = {name: value for name, value in options.items() if name not in tensors}
+    grad_out = torch.randn(*query.shape[:-1], value.shape[-1])
+    grad_lse = torch.randn(query.shape[:-1])
+    results = []
+    for function, dtype in (
+        (on_backend("triton"), None),
+        (reference.attention, torch.float64),
+        (reference.attention, None),
+    ):
+        leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in tensors.items()}
+        out, lse = function(**leaves, **options, return_lse=True)
+        loss = (out * grad_out).sum() + (lse.masked_fill(lse.isinf(), 0) * grad_lse).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        results.append({"out": out, "lse": lse, **dict(zip(leaves, grads, strict=True))})
+    for name in results[0]:
+        check_close(*(result[name] for result in results), name, dtype=query.dtype)
+
+
+def inputs(batch, heads, heads_kv, len_q, len_k, dim, dim_v=None):
+    torch.manual_seed(0)
+    shapes = (heads, len_q, dim), (heads_kv, len_k, dim), (heads_kv, len_k, dim_v or dim)
+    return [torch.randn(batch, *shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("broadcast", range(16))
+def test_mask_gradient_over_broadcast_axes(broadcast):
+    shape = [1 if broadcast >> axis & 1 else n for axis, n in enumerate((2, 2, 35, 18))]
+    run(*inputs(2, 2, 1, 35, 18, 8), mask=torch.randn(shape), causal=broadcast % 3 == 0)
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (3, 200), (130, 5), (256, 256)], ids=str)
+def test_head_dims(dims):
+    run(*inputs(1, 2, 1, 17, 40, *dims), causal=True)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, 0), (40, 3), (-1, 2), (7, -1), (100, 100)], ids=str)
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+def test_windows(window, causal):
+    run(*inputs(1, 1, 1, 70, 50, 8), window=window, causal=causal)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.75])
+def test_dropout_bits_do_not_depend_on_the_tiling(p):
+    """Value is the identity: the output is the weights themselves."""
+    query, key, _ = inputs(2, 2, 2, 40, 45, 8)
+    value = torch.eye(45).expand(2, 2, 45, 45)
+    torch.manual_seed(1)
+    out = xformer_fast.attention(query, key, value, dropout_p=p, backend="triton")
+    torch.manual_seed(1)
+    kept = reference.dropout_mask(reference.draw_seed("cpu"), p, 2, 2, 40, 45)
+    assert torch.equal(out != 0, kept)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Rows 2^26 elements apart: offsets of the last rows do not fit 32 bits. Pages that nobody touches cost nothing."""
+    rows, apart, dim = 40, 2**26, 8
+    memory = torch.empty((rows - 1) * apart + 64, dtype=torch.float16)
+    query, key, value = (
+        memory.as_strided((1, 1, rows, dim), (0, 0, apart, 1), offset).copy_(torch.randn(1, 1, rows, dim))
+        for offset in (0, 16, 32)
+    )
+    mask = memory.as_strided((1, 1, rows, rows), (0, 0, apart, 1), 0).copy_(torch.randn(1, 1, rows, rows))
+    del mask
+    run(query, key, value, causal=True)
+
+
+def test_the_same_call_gives_the_same_bits():
+    tensors = [t.requires_grad_() for t in inputs(1, 4, 2, 33, 33, 8)]
+    mask = torch.randn(1, 1, 33, 33, requires_grad=True)
+    first, second = (
+        torch.autograd.grad(xformer_fast.attention(*tensors, mask=mask, backend="triton").square().sum(), [*tensors, mask])
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

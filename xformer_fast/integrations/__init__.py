@@ -1,0 +1,82 @@
+"""`patch` and `unpatch`: a model's attention onto `xformer_fast.attention` and back; one generic path a host library.
+
+A host library is a file here with `patch_model(model, backend, report)` and `unpatch_model(model)`. It is imported only
+when the library itself already is: a model of a library that nobody imported cannot exist.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+
+from torch import nn
+
+HOSTS = ("transformers",)
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did: `replaced`, names of modules, and `skipped`, name -> why; `str()` is a table of both."""
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.replaced)
+
+    def __str__(self) -> str:
+        lines = [f"{self.count} attention modules replaced, {len(self.skipped)} left as they were"]
+        width = max((len(name) for name in (*self.replaced, *self.skipped)), default=0)
+        lines += [f"  {name:<{width}}  replaced" for name in self.replaced]
+        lines += [f"  {name or '(model)':<{width}}  left: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
+    """Runs the attention of `model` on `xformer_fast.attention`; parameters, names and state_dict stay as they are.
+
+    Models of transformers that go through its `AttentionInterface`, anywhere inside `model`, are switched; results stay
+    those of the "sdpa" implementation ("eager" where sdpa lacks an option). `backend` holds for this model alone; None
+    takes the default of each call. Where that default would be `reference` on a GPU the model is left as it was.
+    Patching again, say with another backend, is fine.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        BackendUnavailable, ValueError: `backend` cannot run here, or is not one.
+
+    >>> import xformer_fast
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    >>> model = BertModel(BertConfig(**sizes))
+    >>> xformer_fast.patch(model).replaced
+    ['encoder.layer.0.attention.self', 'encoder.layer.1.attention.self']
+    >>> xformer_fast.unpatch(model)
+    """
+    _check(model)
+    report = PatchReport()
+    for host in _hosts():
+        host.patch_model(model, backend, report)
+    if not report.replaced and not report.skipped:
+        report.skipped[""] = f"holds no model of a supported library ({', '.join(HOSTS)})"
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives `model` the attention back that it had before `patch`; nothing happens to a model that was not patched."""
+    _check(model)
+    for host in _hosts():
+        host.unpatch_model(model)
+
+
+def register_transformers() -> None:
+    """Makes `attn_implementation="xformer_fast"` known to transformers; `patch` does this itself."""
+    importlib.import_module(".transformers", __name__).register()
+
+
+def _check(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _hosts():
+    return [importlib.import_module(f".{name}", __name__) for name in HOSTS if name in sys.modules]

@@ -1,0 +1,422 @@
+"""Hugging Face transformers: an attention function and a mask function, both registered as "xformer_fast".
+
+transformers builds one mask a forward pass (`create_causal_mask` and its sisters call the mask function), hands it
+through the model's own code as `attention_mask`, and calls the attention function in every layer. Its `sdpa_mask`
+spells padding, causality and windows out as a (B, 1, Sq, Sk) tensor; ours keeps the structure, so that the kernel
+skips what the mask hides. What the attention function gets is one of
+
+* None: nothing is hidden, except the future where the module is causal: `is_causal`, else `module.is_causal`, and more
+  than one query. Queries then start at key 0 (top-left: a static cache's prefill has more keys than queries).
+* a bool or float mask: the whole truth, as it stands. `is_causal` and `sliding_window` are not looked at, since a model
+  that builds a mask itself, or is given one by its user, has put everything in. This is sdpa's rule.
+* an integer tensor: a structured mask of ours. Its shape and dtype say what it means, never an attribute, a subclass
+  or the module. It is (B, rule, 1, n), expanded without memory along `rule`:
+    - rule (the size): 1 hides no position; 2 is causal; 2w + 1 is causal over the last w keys; 2w + 2 reaches distance
+      w both ways. Positions are bottom-right: the last query meets the last key, as it does after any cache.
+    - uint8, n keys: key j counts where it is not 0. Keys from n on, a static cache's unused end, are cut off. n = 0:
+      every key counts.
+    - int32, n = 1: key_lengths, for padding on the right alone.
+    - int64, n = sequences + 1: cu_seqlens of packed sequences, over the rows laid end to end.
+
+Shapes and dtypes survive slicing along keys, moves between devices, checkpointing, torch.compile(fullgraph=True); an
+integer mask that meets code which does not know it fails there instead of attending to too much. A dense mask is left
+to `sdpa_mask` for mask functions other than transformers' own plain ones, where the caller refuses structure
+(`allow_is_causal_skip=False`: the model will compute with the mask, or decodes with a static cache, where the mask is
+one row), for chunked attention, and under torch.compile for packed sequences and a static cache's prefill.
+
+Not done: attention weights (`output_attentions`), head masks, sparse indices, continuous batching's paged cache. They
+raise, as does any option that is not known to be harmless.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
+from transformers.utils.import_utils import is_tracing
+
+from ..dispatch import DEFAULT
+from ..ops.attention import attention, explain, varlen_attention
+from . import PatchReport
+
+NAME = "xformer_fast"
+_RECORD = "_xformer_fast_patch"
+
+_HARMLESS = frozenset(  # what models hand down with their other keyword arguments
+    {
+        "cache_position", "deterministic", "input_ids", "inputs_embeds", "labels", "layer_idx",
+        "logits_to_keep", "max_seqlen", "mm_token_type_ids", "num_items_in_batch", "output_hidden_states",
+        "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
+        "seq_idx", "token_type_ids", "use_cache",
+    }
+)  # fmt: skip
+_REFUSED = {
+    "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
+    "head_mask": "heads cannot be masked",
+    "cache": "continuous batching's paged cache is not supported",
+}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    backend: str | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function: query (B, Hq, Sq, D), key and value (B, Hkv, Sk, D or Dv) -> (B, Sq, Hq, Dv), no weights.
+
+    sliding_window counts keys, the query's own included, as FlashAttention's callers do; it matters only where no mask
+    is given and the module is causal. s_aux: (Hq,) attention sinks. position_bias: added to the scores, with gradient.
+    With cu_seq_lens_* the rows hold packed sequences, laid end to end.
+    """
+    for name, given in kwargs.items():
+        if name not in _HARMLESS and given is not None and given is not False:
+            raise TypeError(f"xformer_fast attention: {name}: {_REFUSED.get(name, 'this option is not known to it')}")
+    if query.shape[0] != key.shape[0]:  # learned queries that all rows share
+        query = query.expand(key.shape[0], -1, -1, -1)
+    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout, "backend": backend}
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+
+    mask = key_lengths = None
+    causal, window = False, None
+    if attention_mask is None:
+        causal = "top_left" if is_causal and query.shape[2] > 1 else False
+        if is_causal and sliding_window is not None:
+            window = (sliding_window - 1, -1)
+    elif attention_mask.dtype == torch.bool or attention_mask.dtype.is_floating_point:
+        mask = attention_mask
+    else:
+        causal, window, content = _decode(attention_mask)
+        if content.dtype == torch.int64:
+            if cu_seq_lens_q is None:
+                cu_seq_lens_q = cu_seq_lens_k = content
+            content = None
+        elif content.dtype == torch.int32:
+            key_lengths = content.expand(query.shape[0])
+        elif content.shape[-1] > 0:
+            key, value = key[:, :, : content.shape[-1]], value[:, :, : content.shape[-1]]
+            mask = content.bool()[:, None, None, :]
+
+    if cu_seq_lens_q is not None and mask is None:
+        if key_lengths is not None or position_bias is not None:
+            other = "padding" if position_bias is None else "position_bias"
+            raise ValueError(f"xformer_fast attention: {other} cannot stand beside packed sequences (cu_seq_lens_q)")
+        if attention_mask is None:
+            causal = bool(is_causal)
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return _packed(query, key, value, lengths, causal=causal, window=window, **options), None
+    if cu_seq_lens_q is not None:
+        mask = _hide(mask, _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key))
+    if position_bias is not None:
+        position_bias = position_bias[..., : key.shape[2]]
+        mask = position_bias if mask is None else _hide(position_bias, mask)
+    out = attention(query, key, value, mask=mask, causal=causal, window=window, key_lengths=key_lengths, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _hide(first: Tensor, second: Tensor) -> Tensor:
+    """Two masks as one: bool hides, float is added."""
+    if first.dtype == torch.bool and second.dtype == torch.bool:
+        return first & second
+    if first.dtype == torch.bool:
+        first, second = second, first
+    return torch.where(second, first, float("-inf")) if second.dtype == torch.bool else first + second
+
+
+def _packed(query, key, value, lengths, **options) -> Tensor:
+    cu_q, cu_k, max_q, max_k = lengths
+    max_q = int(torch.diff(cu_q).max()) if max_q is None else max_q
+    max_k = int(torch.diff(cu_k).max()) if max_k is None else max_k
+    batch = query.shape[0]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attention(query, key, value, cu_q.int(), cu_k.int(), int(max_q), int(max_k), **options)
+    return out.unflatten(0, (batch, -1))
+
+
+def _same_sequence(cu_q: Tensor, cu_k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """(Sq, Sk), True where query and key stand in the same packed sequence of the one row."""
+    of_query = torch.bucketize(torch.arange(query.shape[2], device=cu_q.device), cu_q[1:], right=True)
+    of_key = torch.bucketize(torch.arange(key.shape[2], device=cu_k.device), cu_k[1:], right=True)
+    return of_query[:, None] == of_key
+
+
+# Structured masks
+
+
+def _encode(content: Tensor, causal: bool, window: int | None) -> Tensor:
+    """content (B or 1, n) -> (B or 1, rule, 1, n), as the head of this file says."""
+    rule = 2 if causal else 1
+    if window is not None:
+        rule = 2 * window + (1 if causal else 2)
+    return content[:, None, None, :].expand(-1, rule, -1, -1)
+
+
+def _decode(mask: Tensor) -> tuple[bool, tuple[int, int] | None, Tensor]:
+    """-> causal, the kernel's window, content (B or 1, n); int32 content is (B or 1,)."""
+    if mask.dim() != 4 or mask.shape[2] != 1 or mask.dtype not in (torch.uint8, torch.int32, torch.int64):
+        raise TypeError(
+            f"xformer_fast attention: attention_mask is {mask.dtype} {tuple(mask.shape)}: neither bool or float nor a "
+            "structured mask of its own, so the model has computed with its mask"
+        )
+    if mask.dtype == torch.int32 and mask.shape[3] != 1:
+        raise ValueError(f"xformer_fast attention: an int32 mask must be (B, rule, 1, 1), got {tuple(mask.shape)}")
+    rule, content = mask.shape[1], mask[:, 0, 0, :]
+    if mask.dtype != torch.uint8:
+        content = content[:, 0] if mask.dtype == torch.int32 else content[0]
+    if rule <= 2:
+        return rule == 2, None, content
+    width = (rule - 1) // 2
+    return (True, (width - 1, -1), content) if rule % 2 else (False, (width, width), content)
+
+
+def structured_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    config=None,
+    **kwargs,
+) -> Tensor | None:
+    """The mask function: transformers' arguments, the masks that the head of this file lists."""
+    plain = allow_is_causal_skip or allow_is_bidirectional_skip
+    rule = _rule(mask_function, local_size, allow_is_causal_skip, config) if plain else None
+    if rule is not None and not (isinstance(q_offset, Tensor) and is_tracing(q_offset)):
+        causal, window = rule
+        first = int(q_offset) - kv_offset  # where the first query stands among the keys at hand
+        keys = first + q_length if causal or window is not None else kv_length
+        if first >= 0 and keys <= kv_length if causal else keys == kv_length:
+            padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+            if padding is not None:
+                padding = padding[:, kv_offset : kv_offset + keys].to(torch.bool)
+            return _structured(padding, causal, window, q_length, keys, kv_length, device)
+    if not plain and attention_mask is None and not is_tracing():
+        packed = _packed_sequences(mask_function)
+        if packed is not None:
+            return packed
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+        allow_is_causal_skip, allow_is_bidirectional_skip, device=device, config=config, **kwargs,
+    )  # fmt: skip
+
+
+def _structured(padding, causal: bool, window: int | None, q_length, keys, kv_length, device) -> Tensor | None:
+    """padding (B, keys) or None; the queries stand at the last q_length of the first `keys` keys out of kv_length."""
+    lengths = None
+    if not is_tracing(padding):
+        if padding is not None:
+            lengths = padding.sum(-1, dtype=torch.int32)
+            right = padding == (torch.arange(keys, device=padding.device) < lengths[:, None])
+            complete, right = torch.stack((padding.all(), right.all())).tolist()
+            padding, lengths = None if complete else padding, lengths if right and keys == kv_length else None
+        if window is not None and window >= keys:
+            window = None
+    if q_length == 1 and window is None:
+        causal = False  # the one query stands at the last of `keys`
+    if padding is None and window is None:
+        top_left = keys == q_length and not torch.compiler.is_exporting()  # an exported graph may meet a cache later
+        if top_left if causal else keys == kv_length:
+            return None
+    if lengths is not None:
+        content = lengths[:, None]
+    elif padding is None:
+        content = torch.ones(1, keys if keys < kv_length else 0, dtype=torch.uint8, device=device)
+    elif causal or window is not None or keys < kv_length:
+        content = padding.to(torch.uint8)
+    else:
+        return padding[:, None, None, :]
+    return _encode(content, causal, window)
+
+
+def _rule(mask_function: Callable, local_size: int | None, causal: bool, config) -> tuple[bool, int | None] | None:
+    """(causal, window) of a mask function of transformers' own, None for any other.
+
+    torch.compile cannot read a closure. There the caller is believed: leave to skip a causal mask (`causal`) or a
+    bidirectional one is never given where the function holds more than causality and the config's window.
+    """
+    if mask_function is causal_mask_function:
+        return True, None
+    if mask_function is bidirectional_mask_function:
+        return False, None
+    if torch.compiler.is_compiling():
+        sliding = local_size is not None and local_size == getattr(config, "sliding_window", None)
+        chunked = local_size == getattr(config, "attention_chunk_size", None)
+        return (causal, local_size) if sliding and not chunked else None
+    parts = _closure(mask_function).get("mask_functions", ())
+    if len(parts) == 2 and "sliding_window" in (overlay := _closure(parts[0])):
+        for base, name, causal in (
+            (causal_mask_function, sliding_window_overlay.__name__, True),
+            (bidirectional_mask_function, sliding_window_bidirectional_overlay.__name__, False),
+        ):
+            if parts[1] is base and parts[0].__qualname__.startswith(f"{name}."):
+                return causal, overlay["sliding_window"]
+    return None
+
+
+def _packed_sequences(mask_function: Callable) -> Tensor | None:
+    """The structured mask of what `packed_sequence_compatibility_function` made of a plain mask function, else None."""
+    parts = [_closure(part) for part in _closure(mask_function).get("mask_functions", ())]
+    if len(parts) != 2 or "packed_sequence_mask" not in parts[0] or "position_ids" not in parts[1]:
+        return None
+    rule = _rule(parts[1]["mask_function"], None, False, None)
+    if rule is None:
+        return None
+    sequence = parts[0]["packed_sequence_mask"]
+    starts = torch.ones_like(sequence, dtype=torch.bool)
+    starts[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
+    starts = starts.flatten().nonzero()[:, 0]
+    return _encode(torch.cat((starts, starts.new_tensor([sequence.numel()])))[None], *rule)
+
+
+def _closure(function: Callable) -> dict:
+    """Name -> value of the outer variables that a nested function uses."""
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+# Registration and patching
+
+
+def register(backend: str | None = None) -> str:
+    """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name."""
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError("this transformers has mask functions without q_length and q_offset: upgrade it")
+    name = NAME if backend is None else f"{NAME}_{backend}"
+    forward = attention_forward if backend is None else functools.partial(attention_forward, backend=backend)
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, structured_mask)
+    return name
+
+
+@dataclass
+class Record:
+    """What `patch` keeps on a model: its backend, and module name -> the implementation that its config had before.
+
+    It lives in the model, so deep copies and pickles can be unpatched; unpickling registers the functions again.
+    """
+
+    backend: str | None
+    before: dict[str, dict]
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        register(self.backend)
+
+
+def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
+    for prefix, host in _outermost(model):
+        _patch_pretrained(prefix, host, backend, report)
+
+
+def unpatch_model(model: nn.Module):
+    for _, host in _outermost(model):
+        record = host.__dict__.pop(_RECORD, None)
+        for name, implementation in record.before.items() if record is not None else ():
+            host.get_submodule(name).set_attn_implementation(implementation)
+
+
+def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
+    attentions = {name: module for name, module in host.named_modules() if _uses_interface(module)}
+    owners: dict[int, tuple[str, PreTrainedModel]] = {}  # the first model of each config, outer before inner
+    for name, module in host.named_modules():
+        if isinstance(module, PreTrainedModel):
+            owners.setdefault(id(module.config), (name, module))
+    reasons = {name: _reason_against(owner, backend) for name, owner in owners.values()}
+
+    implementation = register(backend)
+    record = getattr(host, _RECORD, None)
+    before = record.before if record else {name: _implementations(owner.config) for name, owner in owners.values()}
+    if not all(reasons.values()):
+        setattr(host, _RECORD, Record(backend, before))
+        for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
+            owner.set_attn_implementation(before[name] if reasons[name] else implementation)
+
+    for name, module in attentions.items():
+        owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
+        if getattr(module, "config", host.get_submodule(owner).config)._attn_implementation == implementation:
+            report.replaced.append(prefix + name)
+        else:
+            report.skipped[prefix + name] = reasons[owner] or "its config did not take the implementation"
+    for name, module in host.named_modules():
+        if "Attention" in type(module).__name__ and name not in attentions:
+            below = [n for n, m in module.named_modules(prefix=name) if n != name and "Attention" in type(m).__name__]
+            if not below and not any(_inside(n, name) for n in attentions):
+                report.skipped[prefix + name] = "computes its attention itself, not through AttentionInterface"
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """(name prefix, module) of each PreTrainedModel in `model` that lies in no other one."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(_inside(name, outer) for outer in found):
+            found.append(name)
+            yield f"{name}." if name else "", module
+
+
+def _inside(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _implementations(config) -> dict:
+    """The implementation of a config and of those below it, in the form that `set_attn_implementation` takes."""
+    below = ((key, getattr(config, key, None)) for key in config.sub_configs)
+    return {"": config._attn_implementation} | {key: _implementations(sub) for key, sub in below if sub is not None}
+
+
+def _reason_against(owner: PreTrainedModel, backend: str | None) -> str | None:
+    """Why a model is left as it is, or None."""
+    kinds = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    if not owner._can_set_attn_implementation() or not any(getattr(owner, kind, False) for kind in kinds):
+        return f"{type(owner).__name__} does not go through AttentionInterface"
+    if getattr(owner.config, "output_attentions", False):
+        return "its config asks for output_attentions, and attention weights are never formed"
+    weight = next(owner.parameters(), None)
+    if weight is None or weight.is_meta:
+        return None
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.bfloat16
+    probe = torch.empty(0, 1, 1, 64, device=weight.device, dtype=dtype)
+    if backend is not None or DEFAULT is not None:
+        attention(probe, probe, probe, backend=backend)  # raises if it cannot run there
+        return None
+    against = explain(attention, probe, probe, probe)
+    if probe.is_cpu or next(name for name, reason in against.items() if not reason) != "reference":
+        return None
+    return "no kernel for its device: " + "; ".join(f"{name}: {reason}" for name, reason in against.items() if reason)
