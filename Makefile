@@ -16,7 +16,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, then fused against naive
-	$(PY) benchmarks/main_job.py
+	$(PY) -m benchmarks.main_job --out bench-results
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PY) -m pytest
@@ -26,8 +26,8 @@ lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from he
 	$(BIN)/ruff check .
 
 bench-full: $(VENV)/built  ## every case against every peer: the committed CSV and plots
-	$(PY) benchmarks/run.py --full --out benchmarks/results
-	$(PY) benchmarks/plot.py benchmarks/results
+	$(PY) -m benchmarks.run --sweep --out benchmarks/results
+	$(PY) -m benchmarks.plot benchmarks/results
 
 wheel: $(VENV)/installed  ## a wheel in dist/
 	XFORMER_FAST_BUILD=require $(PIP) wheel . --no-build-isolation --no-deps -w dist

@@ -31,6 +31,7 @@ ISA_FLAGS = {
     "avx512": ["-march=x86-64-v4"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
 }
+EXTRA_FLAGS = os.environ.get("XFORMER_FAST_CXXFLAGS", "").split()  # last on every line: for sanitizers
 CPU = Path("csrc") / "cpu"
 HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py, which runs in its folder
 KERNEL_SOURCES = ["attention_forward.cpp", "attention_backward.cpp", "attention_kernels.cpp"]
@@ -96,11 +97,12 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
             super().build_extension(extension)
 
         def kernel_objects(self, isa: str) -> list[str]:
+            flags = [*KERNEL_FLAGS, *WARNINGS, *ISA_FLAGS[isa]]
             return self.compiler.compile(
                 [str(CPU / name) for name in KERNEL_SOURCES],
                 output_dir=str(Path(self.build_temp) / isa),
                 include_dirs=[str(ROOT / CPU)],
-                extra_postargs={"cxx": [*KERNEL_FLAGS, *WARNINGS, *ISA_FLAGS[isa], f"-DXFORMER_FAST_ISA={isa}"]},
+                extra_postargs={"cxx": [*flags, f"-DXFORMER_FAST_ISA={isa}", *EXTRA_FLAGS]},
                 depends=HEADERS,
             )
 
@@ -119,7 +121,7 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
     operators = CppExtension(
         "xformer_fast._ops",
         [str(CPU / name) for name in LAUNCHER_SOURCES],
-        extra_compile_args={"cxx": [*host_flags, STABLE_ABI]},
+        extra_compile_args={"cxx": [*host_flags, STABLE_ABI, *EXTRA_FLAGS]},
         depends=HEADERS,
         py_limited_api=True,  # links no Python library
     )
@@ -127,7 +129,7 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
         "xformer_fast._build",
         ["csrc/module.cpp", str(CPU / "ceiling.cpp")],
         language="c++",
-        extra_compile_args=host_flags,
+        extra_compile_args=[*host_flags, *EXTRA_FLAGS],
         extra_link_args=["-pthread"],
         depends=HEADERS,
     )

@@ -55,7 +55,7 @@ class OpenVino(OptionalPeer):
         causal = case.causal and not (case.window or case.padded or case.alibi or case.seqlen_q != case.seqlen_k)
         mask = _combined_mask({**inputs, "causal": False} if causal else inputs)
         if mask is not None:
-            tensors.append(mask.contiguous())
+            tensors.append(mask[(None,) * (4 - mask.dim())].contiguous())  # it misreads masks of fewer axes
         query, *kv = parameters = [ops.parameter(list(x.shape), element) for x in tensors]
         group = case.heads // case.heads_kv
         kv, attn_mask = kv[:2], kv[2] if mask is not None else None
@@ -91,7 +91,11 @@ class OpenVino(OptionalPeer):
             data = torch.from_numpy(request.get_output_tensor(0).data.view(np.int16)).clone()
             return data.view(dtype).reshape(inputs["query"].shape)
 
-        return Prepared(request.infer, output)
+        def call():
+            request.infer()
+            return shared  # the request holds the addresses of these tensors, not the tensors
+
+        return Prepared(call, output)
 
 
 class OnnxRuntime(OptionalPeer):
@@ -179,7 +183,7 @@ class OnnxRuntime(OptionalPeer):
 
 
 class Zentorch(OptionalPeer):
-    """zentorch's SDPA, or its kernel with windows and ALiBi slopes where the case has them."""
+    """zentorch's SDPA, or its kernel for windows where the case has one; ALiBi is a dense mask (its own differs)."""
 
     name = "zentorch"
     packages = ("zentorch",)
@@ -188,16 +192,14 @@ class Zentorch(OptionalPeer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("zentorch")
-        query, key, value, mask, options = split_options(inputs)
+        query, key, value, _, options = split_options(inputs)
         scale = case.head_dim**-0.5
         square = case.seqlen_q == case.seqlen_k
-        if (case.window or case.alibi) and square and not case.padded and mask is None:
+        if case.window and square and not (case.padded or case.alibi or case.bias):
             out = torch.empty_like(query)
-            left, right = case.window or (-1, -1)
             call = functools.partial(
-                torch.ops.zentorch.zentorch_sdpa_attn, query, key, value, out, scale, case.causal,
-                options.get("alibi_slopes"), left, right,
-            )  # fmt: skip
+                torch.ops.zentorch.zentorch_sdpa_attn, query, key, value, out, scale, case.causal, None, *case.window
+            )
             return Prepared(call, lambda _: out)
         causal = case.causal and square and len(options) == 1
         bias = _combined_mask({**inputs, "causal": False} if causal else inputs)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import xformer_fast
 
 from . import measure, plot
-from .cases import geometric_mean, select, sweep_cases
+from .cases import OPS, geometric_mean, select, sweep_cases
 from .run import OURS, CsvSink, Settings, bench, chosen_peers, failures, quiet
 
 TOLERANCE = 1e-5
@@ -56,9 +56,9 @@ def docstrings() -> list[str]:
 
 
 def sample(texts: list[str], count: int) -> list[str]:
-    """`count` texts, half of them the longest, the rest spread over all other lengths."""
-    longest = texts[-(count // 2) :]
-    rest = texts[: -(count // 2)]
+    """`count` texts, a quarter of them the longest, the rest spread over all other lengths."""
+    longest = texts[-(count // 4) :]
+    rest = texts[: -(count // 4)]
     spread = count - len(longest)
     return [rest[i * len(rest) // spread] for i in range(min(spread, len(rest)))] + longest
 
@@ -182,18 +182,20 @@ def write_documents_csv(result: dict[str, Any], path: pathlib.Path) -> None:
         writer.writerows(rows)
 
 
-def quick_benchmark(path: pathlib.Path, *, seconds: float, longest: int) -> list[dict[str, Any]]:
+def quick_benchmark(path: pathlib.Path, *, seconds: float, longest: int, budget: float) -> list[dict[str, Any]]:
     """Fused, naive and SDPA: the quick cases, then a training step at growing length (peers up to 4,096 tokens)."""
     sink = CsvSink(path)
     rows = []
+    deadline = time.monotonic() + budget
     with contextlib.closing(sink):
-        settings = Settings(seconds=seconds)
-        for op in ("attention",):
-            peers = chosen_peers(op, "cpu", backends=None, names=None, quick=True)
+        settings = Settings(seconds=seconds, deadline=deadline)
+        for op in OPS:
+            peers = chosen_peers(op, "cpu", backends=None, names="naive,sdpa", quick=True)
             rows += bench(op, select(op, quick=True), peers=peers, settings=settings, on_rows=sink)
-            sweep = sweep_cases([n for n in (1024, 2048, 4096, 8192, 16384) if n <= longest])
-            settings = Settings(seconds=0.5, peer_score_limit=2 * 4096**2)
-            rows += bench(op, sweep, dtypes=["float32"], peers=peers, settings=settings, on_rows=sink)
+        sweep = [case for case in sweep_cases() if case.seqlen_q <= longest]
+        settings = Settings(seconds=0.5, deadline=deadline, peer_score_limit=2 * 4096**2)
+        peers = chosen_peers("attention", "cpu", backends=None, names="naive,sdpa", quick=True)
+        rows += bench("attention", sweep, dtypes=["float32"], peers=peers, settings=settings, on_rows=sink)
     return rows
 
 
@@ -266,11 +268,12 @@ def write_report(path: pathlib.Path, documents: str, rows: list[dict[str, Any]],
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-results"))
-    parser.add_argument("--texts", type=int, default=192, help="number of docstrings")
+    parser.add_argument("--texts", type=int, default=256, help="number of docstrings")
     parser.add_argument("--batch", type=int, default=16, help="texts per batch")
     parser.add_argument("--repeats", type=int, default=2, help="timed passes over each batch")
     parser.add_argument("--seconds", type=float, default=0.7, help="timing per case, dtype and mode")
     parser.add_argument("--longest", type=int, default=16384, help="longest training step of the memory sweep")
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which no further case is begun")
     args = parser.parse_args()
     quiet()
     start = time.monotonic()
@@ -283,7 +286,7 @@ def main() -> int:
     print(documents, flush=True)
 
     print("\n== 2/2  fused against naive attention", flush=True)
-    rows = quick_benchmark(args.out / "results.csv", seconds=args.seconds, longest=args.longest)
+    rows = quick_benchmark(args.out / "results.csv", seconds=args.seconds, longest=args.longest, budget=args.budget)
     plots = plot.draw(args.out / "results.csv", args.out)
     write_report(args.out / "report.html", documents, rows, plots)
 
@@ -293,7 +296,7 @@ def main() -> int:
             row["vs_naive"] for row in rows if row["peer"] == OURS and row["mode"] == mode and row.get("vs_naive")
         ]
         print(f"{plot.MODE_TITLE[mode]}: {geometric_mean(ratios):.2f}x naive (geometric mean of {len(ratios)} cases)")
-    print(memory_growth(rows) or "peak memory could not be measured here")
+    print(memory_growth(rows) or "peak memory at growing length was not measured")
     for row in bad:
         print(f"{row['case']} {row['dtype']} {row['mode']}: {row['status']}: {row['reason']}")
     print(f"{time.monotonic() - start:.0f} s; report: {(args.out / 'report.html').resolve()}")

@@ -25,6 +25,7 @@ import torch
 MIN_CHUNK_S = 1e-3  # a measured stretch of calls lasts at least this long on a CPU
 REST_S = 5e-3  # thread pools spin on after a call: without a rest one peer's would run into the next peer's time
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
+SLOW_S, SLOW_ROUNDS = 2.0, 3  # a round that takes longer is repeated less
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def interleaved(
             with contexts[name]():
                 repeats[name], duration = clock.repeats(call)
             cost += duration
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / cost)))
+        fewest = MIN_ROUNDS if cost < SLOW_S else SLOW_ROUNDS
+        rounds = max(fewest, min(MAX_ROUNDS, int(seconds / cost)))
         samples: dict[str, list[float]] = {name: [] for name in calls}
         order = list(calls)
         for _ in range(rounds):

@@ -46,7 +46,7 @@ Row = dict[str, Any]
 def read(path: pathlib.Path) -> list[Row]:
     """The rows that have a speed, numbers as floats (None where empty)."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+        rows = [row for row in csv.DictReader(file) if row["ms"]]
     for row in rows:
         for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None
@@ -68,7 +68,7 @@ def _subtitle(rows: list[Row]) -> str:
 
 
 def _title(figure, title: str, rows: list[Row]) -> None:
-    figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{title}\n\n", fontsize=13, fontweight="bold")
     inches = figure.get_size_inches()[1]
     figure.text(0.5, 1 - 0.42 / inches, _subtitle(rows), ha="center", va="top", fontsize=8.5, color="#444444")
 
@@ -156,7 +156,8 @@ def over_length(rows: list[Row], path: pathlib.Path, *, column: str, label: str,
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_ylabel(label)
-        axis.set_title(f"{dtype}, {re.sub(r', [0-9]+, ', ', length, ', chosen[0]['shape'], count=0)}", fontsize=9)
+        batch, heads, _, head_dim = chosen[0]["shape"].split(", ")
+        axis.set_title(f"{dtype}, {batch}, {heads}, length, {head_dim}", fontsize=9)
     axes[0, 0].legend(fontsize=8, frameon=False)
     _title(figure, title, rows)
     figure.savefig(path, dpi=140)

@@ -16,6 +16,7 @@ from .attention_scores import (
     LENGTHS,
     Problem,
     alibi_slope,
+    base_of,
     block_at,
     dropout,
     is_visible,
@@ -86,11 +87,11 @@ def attention_forward_kernel(
     key_limit = key_limit_of(batch, terms.key_lengths, length_k)
     shift = 0 if TOP_LEFT else length_k - length_q
 
-    b, h, kv_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
-    key_base = key.ptr + b * key.strides[0] + kv_head * key.strides[1] + first_k * key.strides[2]
-    value_base = value.ptr + b * value.strides[0] + kv_head * value.strides[1] + first_k * value.strides[2]
-    out_base = out.ptr + b * out.strides[0] + h * out.strides[1] + first_q * out.strides[2]
+    kv_head = head // group
+    query_base = base_of(query, batch, head, first_q)
+    key_base = base_of(key, batch, kv_head, first_k)
+    value_base = base_of(value, batch, kv_head, first_k)
+    out_base = base_of(out, batch, head, first_q)
     mask = mask_base(terms, batch, head)
     slope = alibi_slope(terms, batch, head)
 
@@ -117,7 +118,7 @@ def attention_forward_kernel(
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(divisor)) / LOG2E)
     acc *= (terms.dropout_scale / divisor)[:, None]
     store_tile(out_base, out.strides[2], start_m, length_q, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-    lse_base = lse_ptr + (h if terms.cu_seqlens_q is not None else stream.to(tl.int64)) * rows_q + first_q
+    lse_base = lse_ptr + (stream if terms.cu_seqlens_q is None else head).to(tl.int64) * rows_q + first_q
     tl.store(lse_base + rows, lse, mask=rows < length_q)
 
 

@@ -24,6 +24,7 @@ from .attention_scores import (
     LENGTHS,
     Problem,
     alibi_slope,
+    base_of,
     block_at,
     dropout,
     key_limit_of,
@@ -104,22 +105,22 @@ def attention_query_gradient_kernel(
     key_limit = key_limit_of(batch, terms.key_lengths, length_k)
     shift = 0 if TOP_LEFT else length_k - length_q
 
-    b, h, kv_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
-    key_base = key.ptr + b * key.strides[0] + kv_head * key.strides[1] + first_k * key.strides[2]
-    value_base = value.ptr + b * value.strides[0] + kv_head * value.strides[1] + first_k * value.strides[2]
-    out_base = out.ptr + b * out.strides[0] + h * out.strides[1] + first_q * out.strides[2]
-    grad_out_base = grad_out.ptr + b * grad_out.strides[0] + h * grad_out.strides[1] + first_q * grad_out.strides[2]
-    grad_base = (
-        grad_query.ptr + b * grad_query.strides[0] + h * grad_query.strides[1] + first_q * grad_query.strides[2]
-    )
-    lse_offset = (h if terms.cu_seqlens_q is not None else stream.to(tl.int64)) * rows_q + first_q
+    kv_head = head // group
+    query_base = base_of(query, batch, head, first_q)
+    key_base = base_of(key, batch, kv_head, first_k)
+    value_base = base_of(value, batch, kv_head, first_k)
+    out_base = base_of(out, batch, head, first_q)
+    grad_out_base = base_of(grad_out, batch, head, first_q)
+    grad_base = base_of(grad_query, batch, head, first_q)
+    lse_offset = (stream if terms.cu_seqlens_q is None else head).to(tl.int64) * rows_q + first_q
     mask = mask_base(terms, batch, head)
     slope = alibi_slope(terms, batch, head)
 
     rows = start_m + tl.arange(0, BLOCK_M)
     last = tl.minimum(start_m + BLOCK_M, length_q) - 1
-    grad_out_tile = load_tile(grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    grad_out_tile = load_tile(
+        grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+    )
     out_tile = load_tile(out_base, out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
     delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if grad_lse_ptr is not None:
@@ -152,8 +153,8 @@ def attention_query_gradient_kernel(
 
 @triton.jit
 def _key_gradient(
-    grad_key, grad_value, key, value, query, grad_out, statistics, columns, start_n, blocks, batch, kv_head, heads, group,
-    first_q, length_q, key_limit, shift, scale, left, right, terms,
+    grad_key, grad_value, key, value, query, grad_out, statistics, columns, start_n, blocks, batch, kv_head, heads,
+    group, first_q, length_q, key_limit, shift, scale, left, right, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -167,11 +168,8 @@ def _key_gradient(
         start_m = block_at(step % tl.maximum(count, 1), blocks, EDGE) * BLOCK_M
         stream = batch * heads + head
         rows = start_m + tl.arange(0, BLOCK_M)
-        b, h = batch.to(tl.int64), head.to(tl.int64)
-        query_base = query.ptr + b * query.strides[0] + h * query.strides[1] + first_q * query.strides[2]
-        grad_out_base = (
-            grad_out.ptr + b * grad_out.strides[0] + h * grad_out.strides[1] + first_q * grad_out.strides[2]
-        )
+        query_base = base_of(query, batch, head, first_q)
+        grad_out_base = base_of(grad_out, batch, head, first_q)
         query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
         grad_out_tile = load_tile(
             grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, EDGE
@@ -181,8 +179,8 @@ def _key_gradient(
         delta = tl.load(lse_base + statistics.delta + tl.arange(0, BLOCK_M)) if KEY else lse
         mask, slope = mask_base(terms, batch, head), alibi_slope(terms, batch, head)
         s, bent = scores(
-            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, mask, slope,
-            left, right, terms, EDGE,
+            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, mask,
+            slope, left, right, terms, EDGE,
         )  # fmt: skip
         weights = tl.exp2(s - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if VALUE:
@@ -216,13 +214,10 @@ def attention_key_gradient_kernel(
     key_limit = key_limit_of(batch, terms.key_lengths, length_k)
     shift = 0 if TOP_LEFT else length_k - length_q
 
-    b, kv = batch.to(tl.int64), kv_head.to(tl.int64)
-    key_base = key.ptr + b * key.strides[0] + kv * key.strides[1] + first_k * key.strides[2]
-    value_base = value.ptr + b * value.strides[0] + kv * value.strides[1] + first_k * value.strides[2]
-    grad_key_base = grad_key.ptr + b * grad_key.strides[0] + kv * grad_key.strides[1] + first_k * grad_key.strides[2]
-    grad_value_base = (
-        grad_value.ptr + b * grad_value.strides[0] + kv * grad_value.strides[1] + first_k * grad_value.strides[2]
-    )
+    key_base = base_of(key, batch, kv_head, first_k)
+    value_base = base_of(value, batch, kv_head, first_k)
+    grad_key_base = base_of(grad_key, batch, kv_head, first_k)
+    grad_value_base = base_of(grad_value, batch, kv_head, first_k)
     columns = start_n + tl.arange(0, BLOCK_N)
     key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, True)
     value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
@@ -255,9 +250,7 @@ def backward(
 ):  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_mask, grad_alibi_slopes, grad_sinks): see the operator's schema."""
     *numbers, need_mask_grad, need_alibi_grad, need_sinks_grad = rest
-    problem = Problem(
-        query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, *numbers
-    )  # fmt: skip
+    problem = Problem(query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, *numbers)
     unneeded = query.new_empty(0, dtype=torch.float32)
     grads = [in_order_of(t, t.shape[-1]) for t in (query, key, value)]
     if query.numel() == 0:
@@ -270,7 +263,8 @@ def backward(
     blocks = triton.cdiv(problem.max_rows_q, tile.block_m)
     rows = problem.rows_q + problem.batch * tile.block_m if packed else blocks * tile.block_m
     streams = problem.heads if packed else problem.batch * problem.heads
-    statistics = Statistics(query.new_empty((2, streams, rows), dtype=torch.float32), streams * rows, rows, tile.block_m)
+    workspace = query.new_empty((2, streams, rows), dtype=torch.float32)
+    statistics = Statistics(workspace, streams * rows, rows, tile.block_m)
     # One part a program; a block past the end of its packed sequence writes none.
     allocate = functools.partial(query.new_zeros if packed else query.new_empty, dtype=torch.float32)
     slope_parts = allocate((problem.batch, problem.heads, blocks)) if need_alibi_grad else None

@@ -12,6 +12,7 @@ import triton.language as tl
 from .attention_scores import (
     LENGTHS,
     alibi_slope,
+    base_of,
     dropout,
     key_limit_of,
     mask_base,
@@ -23,7 +24,7 @@ from .common import dot, load_tile
 PROGRAMS = 1024  # as many as keep any GPU busy; fewer mask tiles than that are split
 
 
-@triton.jit(do_not_specialize=LENGTHS + ["pairs", "splits"])
+@triton.jit(do_not_specialize=[*LENGTHS, "pairs", "splits"])
 def attention_mask_gradient_kernel(
     grad_out, query, key, value, statistics, grad_ptr, terms, group, mask_batches, mask_heads, heads, pairs,
     splits, rows_q, rows_k, scale, window_left, window_right,
@@ -48,33 +49,36 @@ def attention_mask_gradient_kernel(
         stream = batch * heads + head
         key_limit = key_limit_of(batch, terms.key_lengths, rows_k)
         shift = 0 if TOP_LEFT else rows_k - rows_q
-        b, h, kv_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-        query_base = query.ptr + b * query.strides[0] + h * query.strides[1]
-        grad_out_base = grad_out.ptr + b * grad_out.strides[0] + h * grad_out.strides[1]
-        key_base = key.ptr + b * key.strides[0] + kv_head * key.strides[1]
-        value_base = value.ptr + b * value.strides[0] + kv_head * value.strides[1]
+        kv_head = head // group
+        query_base = base_of(query, batch, head, 0)
+        grad_out_base = base_of(grad_out, batch, head, 0)
+        key_base = base_of(key, batch, kv_head, 0)
+        value_base = base_of(value, batch, kv_head, 0)
         lse_base = statistics.ptr + stream.to(tl.int64) * statistics.stride
         mask = mask_base(terms, batch, head)
         slope = alibi_slope(terms, batch, head)
         for start_m in range(first_row, end_row, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
             last = tl.minimum(start_m + BLOCK_M, rows_q) - 1
-            _, fulls, begin, _, _, edges = visible_blocks(
-                start_m, last, shift, key_limit, window_left, window_right, BLOCK_N
-            )
-            end = begin + fulls + edges
+            blocks = visible_blocks(start_m, last, shift, key_limit, window_left, window_right, BLOCK_N)
+            begin = blocks[2]
+            end = begin + blocks[1] + blocks[5]
             if not ONE_COLUMN:
                 begin = tl.maximum(begin, tile_n)
                 end = tl.minimum(end, tile_n + 1)
             query_tile = load_tile(query_base, query.strides[2], start_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            grad_out_tile = load_tile(grad_out_base, grad_out.strides[2], start_m, rows_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+            grad_out_tile = load_tile(
+                grad_out_base, grad_out.strides[2], start_m, rows_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+            )
             lse = tl.load(lse_base + rows)
             delta = tl.load(lse_base + statistics.delta + rows)
             for block in range(begin, end):
                 start_n = block * BLOCK_N
                 columns = start_n + tl.arange(0, BLOCK_N)
                 key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-                value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+                value_tile = load_tile(
+                    value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
+                )
                 s, _ = scores(
                     dot(query_tile, tl.trans(key_tile)), rows[:, None], columns[None, :], rows_q, key_limit, shift,
                     scale, mask, slope, window_left, window_right, terms, EDGE=True,

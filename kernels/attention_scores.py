@@ -1,9 +1,9 @@
 """What attention's forward and backward kernels share: problem description, scores, visible blocks, tile sizes.
 
-A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + mask, with p_i = i + shift; every exponential is then
-one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal attention is the case
-right = 0. An option that is absent is None, and its code is compiled out. Lengths and windows are run-time numbers that
-Triton does not specialise on: a new length does not recompile.
+A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + mask, with p_i = i + shift; every exponential is
+then one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal attention is
+the case right = 0. A term that is absent is None, and its code is compiled out. Lengths and windows are run-time
+numbers that Triton does not specialise on: a new length does not recompile.
 """
 
 from typing import Any, NamedTuple
@@ -42,8 +42,15 @@ class Terms(NamedTuple):
 
 
 @triton.jit
+def base_of(tensor, batch, head, first_row):
+    """Where the rows of a head begin in a View."""
+    strides = tensor.strides
+    return tensor.ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + first_row * strides[2]
+
+
+@triton.jit
 def sequence(batch, cu_seqlens, rows):
-    """(first row, length) of a sequence; `rows` is the length, or that of the packed tensor, which no sequence leaves."""
+    """(first row, length) of a sequence; `rows`: the length, or that of the packed tensor, which no sequence leaves."""
     if cu_seqlens is None:
         return tl.full([], 0, tl.int64), rows
     else:
@@ -65,7 +72,7 @@ def key_limit_of(batch, key_lengths, length):
 def visible_blocks(first, last, shift, limit, left, right, BLOCK: tl.constexpr):
     """The blocks of columns that the rows first..last see: (full_begin, full_count, begin, before, after, edge_count).
 
-    Row i sees columns i + shift - left .. i + shift + right, below `limit`. `full_count` blocks from full_begin are seen
+    Row i sees columns i + shift - left .. i + shift + right, below `limit`. full_count blocks from full_begin are seen
     whole by every row; edge_count others are seen in part: `before` of them from block `begin`, the rest from `after`.
     To ask which rows see a column, swap left and right and negate shift.
     """
@@ -123,7 +130,9 @@ def alibi_slope(terms, batch, head):
 
 
 @triton.jit
-def scores(products, rows, columns, length_q, key_limit, shift, scale, mask, slope, left, right, terms, EDGE: tl.constexpr):
+def scores(
+    products, rows, columns, length_q, key_limit, shift, scale, mask, slope, left, right, terms, EDGE: tl.constexpr
+):  # fmt: skip
     """(scores in log2 units, -inf where masked; tanh of the soft cap, else the products).
 
     `products` are q·k; `rows` and `columns` broadcast against them in either orientation. EDGE: some keys of the tile
@@ -164,9 +173,7 @@ def dropout(values, rows, first_column, stream, terms, BLOCK_N: tl.constexpr, TR
     if terms.dropout_seed is None:
         return values
     else:
-        keep = keep_bits(
-            terms.dropout_seed, terms.dropout_threshold, stream, rows, first_column, BLOCK_N, TRANSPOSED
-        )
+        keep = keep_bits(terms.dropout_seed, terms.dropout_threshold, stream, rows, first_column, BLOCK_N, TRANSPOSED)
         return tl.where(keep, values, 0.0)
 
 
@@ -177,8 +184,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, larger head dim up to, architecture) -> tile, for 16-bit inputs. Without a grad_value row, grad_key computes both
-# gradients at once. Query blocks of grad_key and grad_mask divide those of grad_query, which pads what they read.
+# (kernel, larger head dim up to, architecture) -> tile, for 16-bit inputs. Without a grad_value row, grad_key computes
+# both gradients at once. Query blocks of grad_key, grad_value and grad_mask divide those of grad_query, which pads what
+# they read.
 TILES = {
     ("forward", 64, "sm80"): Tile(128, 64, 4, 3),
     ("forward", 128, "sm80"): Tile(128, 64, 8, 3),
@@ -199,7 +207,7 @@ TILES = {
     ("grad_query", 128, "sm90"): Tile(128, 64, 8, 2),
     ("grad_query", 256, "sm90"): Tile(128, 32, 8, 2),
     ("grad_key", 64, "sm80"): Tile(32, 128, 8, 2),
-    ("grad_key", 128, "sm80"): Tile(64, 64, 8, 2),
+    ("grad_key", 128, "sm80"): Tile(32, 64, 8, 2),
     ("grad_key", 256, "sm80"): Tile(32, 64, 8, 2),
     ("grad_key", 64, "sm86"): Tile(32, 64, 4, 2),
     ("grad_key", 128, "sm86"): Tile(32, 64, 8, 2),
@@ -222,26 +230,22 @@ TILES = {
 }
 # The same for float32 inputs, on every architecture.
 FLOAT32_TILES = {
-    ("forward", 64): Tile(64, 32, 4, 2),
-    ("forward", 128): Tile(64, 32, 8, 1),
-    ("forward", 256): Tile(32, 16, 4, 1),
-    ("grad_query", 64): Tile(64, 32, 8, 1),
-    ("grad_query", 128): Tile(64, 16, 8, 1),
+    ("forward", 64): Tile(64, 32, 8, 2),
+    ("forward", 128): Tile(32, 32, 8, 1),
+    ("forward", 256): Tile(16, 16, 8, 1),
+    ("grad_query", 64): Tile(32, 32, 8, 1),
+    ("grad_query", 128): Tile(32, 16, 8, 1),
     ("grad_query", 256): Tile(16, 16, 8, 1),
-    ("grad_key", 64): Tile(32, 64, 8, 1),
-    ("grad_key", 128): Tile(16, 64, 8, 1),
+    ("grad_key", 64): Tile(32, 32, 8, 1),
+    ("grad_key", 128): Tile(16, 32, 8, 1),
     ("grad_key", 256): Tile(16, 16, 8, 1),
+    ("grad_value", 128): Tile(16, 32, 8, 1),
     ("grad_value", 256): Tile(16, 16, 8, 1),
-    ("grad_mask", 64): Tile(32, 32, 4, 1),
-    ("grad_mask", 128): Tile(32, 32, 4, 1),
-    ("grad_mask", 256): Tile(16, 16, 4, 1),
+    ("grad_mask", 64): Tile(32, 32, 8, 1),
+    ("grad_mask", 128): Tile(32, 16, 8, 1),
+    ("grad_mask", 256): Tile(16, 16, 8, 1),
 }
-INTERPRETER_TILES = {
-    (kernel, bucket): Tile(32, 16, 1, 1)
-    for kernel in ("forward", "grad_query", "grad_key", "grad_mask", "grad_value")
-    for bucket in (64, 128, 256)
-    if (kernel, bucket) not in (("grad_value", 64), ("grad_value", 128))
-}
+INTERPRETER_TILE = Tile(32, 16, 1, 1)
 
 
 class Problem:
@@ -289,13 +293,13 @@ class Problem:
 
     def tile(self, kernel: str) -> Tile | None:
         if INTERPRET:
-            return INTERPRETER_TILES.get((kernel, self.head_dim_bucket))
+            return None if kernel == "grad_value" and self.head_dim_bucket < 256 else INTERPRETER_TILE
         if self.dtype == torch.float32:
             return FLOAT32_TILES.get((kernel, self.head_dim_bucket))
         return TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
 
     def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:
-        """The launches of the key-gradient kernel: one for both sums, or one each where the table has a grad_value row."""
+        """Launches of the key-gradient kernel: one for both sums, or one each where the table has a grad_value row."""
         tile, value_tile = self.tile("grad_key"), self.tile("grad_value")
         if value_tile is None:
             return [(tile, {"KEY": True, "VALUE": True})]

@@ -110,7 +110,7 @@ def launch_context(tensor: torch.Tensor):
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of a tuning table: sm80 (A100), sm86 (99 KiB of shared memory: consumer cards, others), sm90 and later."""
+    """The row of a tuning table: sm80 (A100), sm90 (Hopper, Blackwell), sm86 (99 KiB of shared memory: all others)."""
     if torch.version.hip:
         return "sm86"
     capability = torch.cuda.get_device_capability(device)

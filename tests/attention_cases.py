@@ -118,8 +118,8 @@ def draw(seed: int, dtype: torch.dtype, *, packed=False, small=False, long=False
     layout = rng.choice(layouts)
     for name, shape in shapes.items():
         case.tensors[name] = arrange(shape, dtype, layout if rng.random() < 0.8 else rng.choice(layouts))
-        if name != "value" and rng.random() < 0.15:
-            case.tensors[name] = case.tensors[name] * 4  # peaked weights
+    if rng.random() < 0.1:
+        case.tensors["query"] = case.tensors["query"] * 2  # peaked weights
     _draw_options(case, rng, chosen, batch, heads, lengths_k, len_q, len_k, dim)
     finish(case)
     return case
@@ -177,16 +177,16 @@ def _draw_options(case: Case, rng, chosen, batch, heads, lengths_k, len_q, len_k
         mask = draw_mask(rng, batch, heads, len_q, len_k, aux_dtype)
         (options if mask.dtype == torch.bool else tensors)["mask"] = mask
     if "alibi_slopes" in chosen:
-        slopes = torch.rand(heads) if rng.random() < 0.5 else torch.randn(batch, heads) * 0.3
+        slopes = torch.rand(heads) if rng.random() < 0.5 else torch.randn(batch, heads) * 0.05
         tensors["alibi_slopes"] = slopes.to(aux_dtype)
     if "sinks" in chosen:
         tensors["sinks"] = torch.randn(heads).to(aux_dtype)
     if "softcap" in chosen:
         options["softcap"] = rng.choice([0.7, 5.0, 30.0])
     if "dropout_p" in chosen:
-        options["dropout_p"] = rng.choice([0.1, 0.5, 0.9])
+        options["dropout_p"] = rng.choice([0.1, 0.25, 0.5])
     if "scale" in chosen:
-        options["scale"] = rng.choice([1.0, 0.05, -0.3, 0.0])
+        options["scale"] = rng.choice([0.7, 2.0, -1.0, 0.0]) * dim**-0.5
     if "return_lse" in chosen:
         options["return_lse"] = True
     if "rope" in chosen and dim >= 2:
@@ -294,9 +294,7 @@ def evaluate(case: Case, function, *, exact=False, gradients=True, device=None) 
     named = dict(zip(("out", "lse"), results, strict=False))
     if gradients:
         weights = [g.to(result) for g, result in zip((case.grad_out, case.grad_lse), results, strict=False)]
-        wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-        grads = torch.autograd.grad(results, list(wanted.values()), weights)
-        named |= {f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+        named |= _gradients(tensors, results, weights)
     return named
 
 
@@ -325,13 +323,48 @@ def formula(*, packed=False):
     return run
 
 
-def truth_and_naive(case: Case, **keywords) -> tuple[dict, dict]:
+def _gradients(tensors: dict[str, Tensor], results, weights, **keywords) -> dict[str, Tensor]:
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    grads = torch.autograd.grad(results, list(wanted.values()), weights, **keywords)
+    return {f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+
+def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
+    """The formula in float64, and in the case's dtype: of several naive gradients the one that errs most.
+
+    They are automatic differentiation's and the textbook's, dS = P·(dP - rowsum(dO·O)) with the O that the forward has
+    rounded, under several draws of the roundings: one draw may leave a gradient that is a single number without error.
+    """
     run, threads = formula(packed=case.packed), torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: waking threads would cost more than they bring
     try:
-        return evaluate(case, run, exact=True, **keywords), evaluate(case, run, **keywords)
+        truth = evaluate(case, run, exact=True, gradients=gradients)
+        naive = evaluate(case, run, gradients=gradients)
+        if gradients:
+            for draw_of_roundings in _textbook_gradients(case, run, truth["out"]):
+                for name, grad in draw_of_roundings.items():
+                    naive[name] = max(naive[name], grad, key=lambda g, n=name: _distance(g, truth[n]))
     finally:
         torch.set_num_threads(threads)
+    return truth, naive
+
+
+def _textbook_gradients(case: Case, run, exact_out: Tensor, draws=4):
+    """Yields gradients whose row sums err as rounded outputs make them err, which acts as a gradient of lse does."""
+    tensors = {n: t.detach().requires_grad_(n not in case.frozen) for n, t in case.tensors.items()}
+    torch.manual_seed(case.seed)
+    out, lse = run(**{**arguments(case, tensors, False), "return_lse": True})
+    products = case.grad_out.double() * exact_out
+    errors = (case.grad_out.double() * (out.double() - exact_out)).sum(-1).abs() + products.norm(dim=-1) * 2.0**-23
+    for _ in range(draws):
+        error = errors * torch.randint(0, 2, errors.shape).mul(2).sub(1)
+        grad_lse = (0.0 if case.grad_lse is None else case.grad_lse) - (error.T if case.packed else error)
+        yield _gradients(tensors, (out, lse), (case.grad_out, grad_lse.to(lse)), retain_graph=True)
+
+
+def _distance(result: Tensor, truth: Tensor) -> float:
+    finite = truth.isfinite()
+    return (result.double() - truth)[finite].abs().max().item() if finite.any() else 0.0
 
 
 def check(case: Case, results: dict, truth: dict, naive: dict, context=""):
@@ -346,24 +379,30 @@ def check(case: Case, results: dict, truth: dict, naive: dict, context=""):
 
 
 def _cancelled_magnitudes(case: Case) -> dict[str, float]:
-    """Where no query sees two keys, P·(dP - rowsum(P·dP)) is zero by cancellation: the size of its two terms."""
-    options = case.options
-    longest = options["max_seqlen_k"] if case.packed else case.tensors["key"].shape[2]
-    if "key_lengths" in options:
-        longest = min(longest, max(options["key_lengths"].tolist(), default=0))
-    alone = (
-        longest <= 1 or options.get("window") == (0, 0) or (options.get("window") == (0, -1) and options.get("causal"))
-    )
-    if not alone or "sinks" in case.tensors:
-        return {}
+    """Sizes of what cancels: lse is a logarithm around 0; a softmax over one key has no gradient but P·(dP - rowsum(P·dP))."""
+    sizes = {"lse": 1.0}
+    if "sinks" in case.tensors or _most_visible_keys(case) > 1:
+        return sizes
     query, key, value = (case.tensors[n].double().nan_to_num(0) for n in ("query", "key", "value"))
     if not query.numel() or not key.numel():
-        return {}
-    scale = abs(options.get("scale", query.shape[-1] ** -0.5))
+        return sizes
+    scale = abs(case.options.get("scale", query.shape[-1] ** -0.5))
     term = case.grad_out.double().norm(dim=-1).max().item() * value.norm(dim=-1).max().item()
-    term /= 1.0 - options.get("dropout_p", 0.0)
-    sizes = {"grad_query": term * scale * key.abs().max().item(), "grad_key": term * scale * query.abs().max().item()}
+    term /= 1.0 - case.options.get("dropout_p", 0.0)
+    sizes |= {"grad_query": term * scale * key.abs().max().item(), "grad_key": term * scale * query.abs().max().item()}
     return {**sizes, **dict.fromkeys(("grad_mask", "grad_alibi_slopes", "grad_relative_bias"), term)}
+
+
+def _most_visible_keys(case: Case) -> float:
+    """The number of keys that the query which sees most of them sees: equal scores have an lse of its logarithm."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal", "window", "key_lengths")
+    options = {name: case.options[name] for name in names if name in case.options}
+    mask = case.options.get("mask", case.tensors.get("mask"))
+    if mask is not None:
+        options["mask"] = mask if mask.dtype == torch.bool else mask != -math.inf
+    tensors = {name: torch.zeros(case.tensors[name].shape) for name in ("query", "key", "value")}
+    _, lse = formula(packed=case.packed)(**tensors, **options, return_lse=True)
+    return lse.exp().max().round().item() if lse.numel() else 0
 
 
 @contextlib.contextmanager

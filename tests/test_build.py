@@ -34,9 +34,7 @@ print(xformer_fast.info())
 def run(*command, cwd=ROOT, **environment) -> str:
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XFORMER_FAST_ISA")}
     command = [str(part) for part in command]
-    done = subprocess.run(
-        command, cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command[:4]} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

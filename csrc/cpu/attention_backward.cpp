@@ -1,27 +1,28 @@
-// Softmax attention backward on a CPU. With the scores s_ij and the log-sum-exp of the forward, for every kept pair (i, j):
+// Softmax attention backward on a CPU. With the scores s_ij and the log-sum-exp of the forward, for every kept pair:
 //
-//   P_ij  = exp(s_ij - lse_i)                       dP_ij = grad_out_i . v_j          (both dropped where the forward dropped)
-//   dS_ij = P_ij (dP_ij - delta_i)                  delta_i = grad_out_i . out_i - grad_lse_i
-//   dv_j += P_ij grad_out_i    dk_j += scale dS_ij q_i    dq_i += scale dS_ij k_j     (dS times 1 - tanh^2 under a softcap)
+//   P_ij  = exp(s_ij - lse_i)              dP_ij   = grad_out_i . v_j       (both dropped where the forward dropped)
+//   dS_ij = P_ij (dP_ij - delta_i)         delta_i = grad_out_i . out_i - grad_lse_i
+//   dv_j += P_ij grad_out_i    dk_j += scale dS_ij q_i    dq_i += scale dS_ij k_j    (dS (1 - tanh^2) under a softcap)
 //
 // Three runs over the pool:
 //   1. row statistics   -lse and delta of every query row.
-//   2. key ranges       A task owns a range of one KV head's keys and walks it in blocks that stay in the L2 cache: packed
-//                       keys and values, float32 dk and dv. Past each block stream the query blocks of the head's group.
-//                       Score tiles are held as in the forward, S^T: rows are keys, lanes are queries. The five products
-//                       are tile products (microkernels.h); only query-side operands are transposed, once a block pair.
-//                       dq of the range is summed in a float32 workspace.
+//   2. key ranges       A task owns a range of one KV head's keys and walks it in blocks that stay in the L2 cache:
+//                       packed keys and values, float32 dk and dv. Past each block stream the query blocks of the head's
+//                       group. Score tiles are held as in the forward, S^T: rows are keys, lanes are queries. The five
+//                       products are tile products (microkernels.h); only query-side operands are transposed, once a
+//                       block pair. dq of the range is summed in a float32 workspace.
 //   3. gather           dq of the ranges, summed in a fixed order, scaled and rounded; sums for sinks and ALiBi slopes.
+// With one range a head, a task of run 2 does all three for its heads.
 //
-// The number of ranges comes from the shape alone (at most kMaxSplits), so that results have the same bits for any number
-// of threads; ranges are cut to equal work under causal and window limits. Block pairs outside the limits, the window or
-// the key length are never visited, and only tiles on an edge are masked. Where a mask that wants a gradient is broadcast,
-// everything that shares its elements is one task, walked in order.
+// The number of ranges comes from the shape alone (at most kMaxSplits), so that results have the same bits for any
+// number of threads; ranges are cut to equal work under causal and window limits. Block pairs outside the limits, the
+// window or the key length are never visited, and only tiles on an edge are masked. Where a mask that wants a gradient
+// is broadcast, everything that shares its elements is one task, walked in order.
 //
 // With AVX512_BF16, bfloat16 operands are multiplied as they are, P and dS rounded to bfloat16; every other type is
 // converted to float32 when packed. All sums are float32, rounded once at the end.
 //
-// Workspace: kMaxSplits float32 copies of grad_query at most, and two floats a query row.
+// Workspace: at most kMaxSplits float32 copies of grad_query, and two floats a query row.
 #include "attention_backward_tiles.h"
 
 namespace xformer_fast {
@@ -31,9 +32,9 @@ namespace {
 constexpr int64_t kMaxSplits = 8;
 constexpr int64_t kTasksWanted = 32;
 constexpr int64_t kKeyUnit = 64;             // ranges and blocks of keys are multiples of it
-constexpr int64_t kKeysPerSplit = 256;       // at least
+constexpr int64_t kKeysPerSplit = 512;       // about, at least
 constexpr int64_t kKeysPerBlock = 512;       // at most
-constexpr int64_t kBlockBytes = 512 * 1024;  // of packed keys and values with their gradients: half of an L2 cache
+constexpr int64_t kBlockBytes = 1024 * 1024; // of packed keys and values with their gradients: about an L2 cache
 constexpr int64_t kTileKeys = 128;           // keys of a score tile
 constexpr int64_t kStripKeys = 32;           // of the part that goes from scores to dS while it is in the L1 cache
 constexpr int64_t kRowsPerTask = 256;        // query rows a task of the first and the last run
@@ -43,18 +44,19 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 
-// Fields that depend on the shape alone, and the workspaces.
+// How the problem is cut, and the workspaces.
 struct Plan {
   const Attention& a;
   const AttentionGrad& g;
-  int64_t rows = 0;                   // query rows of all sequences and heads
-  int64_t width = 0, width_v = 0;     // head dims in whole vectors
-  int64_t block_k = 0, splits = 1;    // keys of a block, ranges of keys
-  int64_t tasks_b = 0, tasks_h = 0;   // key tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them together
-  float* neg_lse = nullptr;     // (rows); -inf for a row without keys
-  float* delta = nullptr;       // (rows)
-  float* grad_query = nullptr;  // (splits, rows, width)
-  float* grad_alibi = nullptr;  // (splits, batch, heads_q)
+  int64_t rows = 0;                  // query rows of all sequences and heads
+  int64_t width = 0, width_v = 0;    // head dims in whole vectors
+  int64_t block_k = 0, splits = 1;   // keys of a block, ranges of keys
+  int64_t tasks_b = 0, tasks_h = 0;  // key tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them
+  int64_t* split_bounds = nullptr;  // (batch, splits + 1), keys
+  float* neg_lse = nullptr;         // (rows); -inf for a row without keys
+  float* delta = nullptr;           // (rows)
+  float* grad_query = nullptr;      // (splits, rows, width)
+  float* grad_alibi = nullptr;      // (splits, batch, heads_q)
 
   int64_t row0(int64_t b, int64_t h) const {
     return a.cu_seqlens_q ? h * a.cu_seqlens_q[a.batch] + a.cu_seqlens_q[b] : (b * a.heads_q + h) * a.seqlen_q;
@@ -66,40 +68,36 @@ struct Plan {
     const int64_t shift = a.shift(b);
     return {max_of(0, keys.begin - a.right - shift), min_of(a.len_q(b), keys.end + a.left - shift)};
   }
-  // The part of [0, len_k) that one split owns: units of keys, weighed by their queries.
   Range keys_of(int64_t b, int64_t split) const {
-    const int64_t len = a.len_k(b), units = (len + kKeyUnit - 1) / kKeyUnit;
-    if (splits == 1) return {0, len};
-    auto weight = [&](int64_t u) {
-      const Range q = queries_of(b, {u * kKeyUnit, min_of(len, (u + 1) * kKeyUnit)});
-      return q.empty() ? int64_t(1) : q.end - q.begin + 1;
-    };
-    int64_t total = 0, sum = 0, first = units, last = units;
-    for (int64_t u = 0; u < units; ++u) total += weight(u);
-    for (int64_t u = 0; u < units; ++u) {  // a unit belongs to the split in which its weight begins
-      const int64_t owner = sum * splits / total;
-      if (owner >= split && first == units) first = u;
-      if (owner > split) {
-        last = u;
-        break;
-      }
-      sum += weight(u);
-    }
-    return {min_of(len, first * kKeyUnit), min_of(len, last * kKeyUnit)};
+    const int64_t* bounds = split_bounds + b * (splits + 1) + split;
+    return {bounds[0], bounds[1]};
   }
 };
 
+// Cuts the keys of a sequence into one range a split: whole units, weighed by the queries that see them.
+void cut_keys(const Plan& p, int64_t b, int64_t* bounds) {
+  const int64_t len = p.a.len_k(b), units = (len + kKeyUnit - 1) / kKeyUnit;
+  auto weight = [&](int64_t u) {
+    const Range q = p.queries_of(b, {u * kKeyUnit, min_of(len, (u + 1) * kKeyUnit)});
+    return q.empty() ? int64_t(1) : q.end - q.begin + 1;
+  };
+  int64_t total = 0, sum = 0, split = 0;
+  for (int64_t u = 0; u < units; ++u) total += weight(u);
+  for (int64_t u = 0; u < units; ++u) {  // a unit belongs to the split in which its weight begins
+    for (; split <= sum * p.splits / total; ++split) bounds[split] = u * kKeyUnit;
+    sum += weight(u);
+  }
+  for (; split <= p.splits; ++split) bounds[split] = len;
+}
+
 // ---- 1. row statistics ----
 
+// -lse and delta of some rows of one head.
 template <class T>
-void row_statistics(void* context, int64_t task, char*) {
-  const Plan& p = *static_cast<const Plan*>(context);
+void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
   const Attention& a = p.a;
-  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
-  const int64_t b = task / chunks / a.heads_q, h = task / chunks % a.heads_q;
-  const int64_t begin = task % chunks * kRowsPerTask, end = min_of(a.len_q(b), begin + kRowsPerTask);
   const int64_t lse0 = b * a.lse_batch + h * a.lse_head + a.query_row0(b), row0 = p.row0(b, h);
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
     const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i);
     const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i);
     const float lse = a.lse[lse0 + i];
@@ -127,7 +125,7 @@ class KeyBlock {
   KeyBlock(const Plan& p, Arena arena) : p_(p), a_(p.a) {
     stage_ = round_up(a_.head_dim, kLanes * kStep<Op>);
     stage_v_ = round_up(a_.head_dim_v, kLanes * kStep<Op>);
-    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the scale waits for the exponent; masked -inf must stay
+    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the scale waits for the exponent, where -inf must stay
     exponent_scale_ = (score_pass_ ? 1.f : a_.scale) * (kStep<Op> == 2 ? kLog2e : 1.f);
     const bool pairs = kStep<Op> == 2;
     key_ = arena.take<Op>(p.block_k * stage_);
@@ -145,7 +143,7 @@ class KeyBlock {
     const int64_t whole = kTileKeys * kBlockQ<Op>, strip = kStripKeys * kBlockQ<Op>;
     tile_.scores = arena.take<float>(pairs ? strip : whole);
     tile_.grad = arena.take<float>(pairs ? strip : whole);
-    tile_.factor = a_.softcap > 0 ? arena.take<float>(strip) : nullptr;
+    tile_.factor = a_.softcap != 0.f ? arena.take<float>(strip) : nullptr;
     tile_.dropout = a_.dropout_p > 0 ? arena.take<float>(strip) : nullptr;
     tile_.p = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.scores);
     tile_.ds = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.grad);
@@ -184,8 +182,9 @@ class KeyBlock {
   void load_keys() {
     const int64_t row = a_.key_row0(b_) + key0_, padded = round_up(kept_, kStep<Op>);
     pack_rows(row_of<const T>(a_.key, b_, head_kv_, row), a_.key.row, kept_, padded, a_.head_dim, key_, stage_);
-    pack_rows(row_of<const T>(a_.value, b_, head_kv_, row), a_.value.row, kept_, padded, a_.head_dim_v, value_, stage_v_);
-    #if defined(XF_BF16_DOT)
+    pack_rows(row_of<const T>(a_.value, b_, head_kv_, row), a_.value.row, kept_, padded, a_.head_dim_v, value_,
+              stage_v_);
+#if defined(XF_BF16_DOT)
     if constexpr (kStep<Op> == 2) interleave_row_pairs(key_, stage_, padded, p_.width, key_rows_);
 #endif
     __builtin_memset(grad_key_, 0, size_t(kept_ * p_.width) * sizeof(float));
@@ -247,7 +246,8 @@ class KeyBlock {
 
   // Keys [j, j + n) of the block against lanes of the query block at q0.
   void tile(int64_t head, int64_t q0, int64_t rows, int64_t j, int64_t n, Range lanes, float* grad_query) {
-    for (int64_t s = 0; s < n; s += kStripKeys) strip(head, q0, rows, j + s, min_of(kStripKeys, n - s), lanes, tile_.from(s));
+    for (int64_t s = 0; s < n; s += kStripKeys)
+      strip(head, q0, rows, j + s, min_of(kStripKeys, n - s), lanes, tile_.from(s));
 
     const int64_t width = lanes.end - lanes.begin, ld = kBlockQ<Op>, at = lanes.begin;
     product(n, p_.width_v, width / kStep<Op>, tile_.p + at, ld, kStep<Op>, grad_out_ + at * p_.width_v,
@@ -255,8 +255,8 @@ class KeyBlock {
     product(n, p_.width, width / kStep<Op>, tile_.ds + at, ld, kStep<Op>, query_ + at * p_.width, p_.width * kStep<Op>,
             grad_key_ + j * p_.width, p_.width, Start::accumulate);
     product(min_of(rows, lanes.end) - at, p_.width, (n + kStep<Op> - 1) / kStep<Op>, tile_.ds_pairs + at * kStep<Op>,
-            kStep<Op>, ld * kStep<Op>, key_rows_ + j * p_.width, p_.width * kStep<Op>, grad_query + at * p_.width, p_.width,
-            Start::accumulate);
+            kStep<Op>, ld * kStep<Op>, key_rows_ + j * p_.width, p_.width * kStep<Op>, grad_query + at * p_.width,
+            p_.width, Start::accumulate);
   }
 
   // S, dP, then P and dS of some keys of a tile.
@@ -300,7 +300,7 @@ class KeyBlock {
   const Attention& a_;
   int64_t stage_ = 0, stage_v_ = 0;  // row lengths of packed operands
   bool score_pass_ = false;
-  float exponent_scale_ = 1.f;       // from scores to exponents of 2
+  float exponent_scale_ = 1.f;       // what softmax_gradient multiplies scores by
   Op *key_ = nullptr, *value_ = nullptr;              // (keys, stage)
   Op* key_rows_ = nullptr;                            // (keys, width); pairs: (keys / 2, width, 2)
   float *grad_key_ = nullptr, *grad_value_ = nullptr; // (keys, width)
@@ -319,8 +319,9 @@ void clear_mask_gradient(const Plan& p, Range batch, Range heads_kv, Range keys)
   const AttentionGrad& g = p.g;
   const int64_t group = p.a.heads_q / p.a.heads_kv;
   auto once = [](Range r, int64_t stride) { return stride == 0 ? Range{r.begin, r.begin + 1} : r; };
-  const Range b = once(batch, g.grad_mask_batch), q = once({0, p.a.seqlen_q}, g.grad_mask_q), k = once(keys, g.grad_mask_k);
+  const Range b = once(batch, g.grad_mask_batch);
   const Range h = once({heads_kv.begin * group, heads_kv.end * group}, g.grad_mask_head);
+  const Range q = once({0, p.a.seqlen_q}, g.grad_mask_q), k = once(keys, g.grad_mask_k);
   for (int64_t ib = b.begin; ib < b.end; ++ib)
     for (int64_t ih = h.begin; ih < h.end; ++ih)
       for (int64_t i = q.begin; i < q.end; ++i) {
@@ -329,35 +330,19 @@ void clear_mask_gradient(const Plan& p, Range batch, Range heads_kv, Range keys)
       }
 }
 
-template <class T>
-void key_range(void* context, int64_t task, char* scratch) {
-  const Plan& p = *static_cast<const Plan*>(context);
-  const Attention& a = p.a;
-  const int64_t split = task % p.splits, h = task / p.splits % p.tasks_h, b = task / p.splits / p.tasks_h;
-  const Range batch = p.tasks_b == 1 ? Range{0, a.batch} : Range{b, b + 1};
-  const Range heads = p.tasks_h == 1 ? Range{0, a.heads_kv} : Range{h, h + 1};
-  if (p.g.grad_mask) clear_mask_gradient(p, batch, heads, p.keys_of(0, split));
-  KeyBlock<T> block(p, Arena(scratch));
-  for (int64_t i = batch.begin; i < batch.end; ++i)
-    for (int64_t k = heads.begin; k < heads.end; ++k) block.run(i, k, split);
-}
-
 // ---- 3. gather ----
 
+// dq of some rows of one head.
 template <class T>
-void gather(void* context, int64_t task, char*) {
-  const Plan& p = *static_cast<const Plan*>(context);
+void gather(const Plan& p, int64_t b, int64_t h, Range rows) {
   const Attention& a = p.a;
-  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
-  const int64_t b = task / chunks / a.heads_q, h = task / chunks % a.heads_q;
-  const int64_t begin = task % chunks * kRowsPerTask, end = min_of(a.len_q(b), begin + kRowsPerTask);
+  constexpr int64_t block = kBlockQ<Operand<T>>;
   Range touched[kMaxSplits];  // query rows that a split has summed
   for (int64_t s = 0; s < p.splits; ++s) {
     const Range keys = p.keys_of(b, s), q = p.queries_of(b, {keys.begin, min_of(keys.end, a.key_limit(b))});
-    touched[s] = q.empty() ? Range{0, 0}
-                           : Range{q.begin / kBlockQ<Operand<T>> * kBlockQ<Operand<T>>, round_up(q.end, kBlockQ<Operand<T>>)};
+    touched[s] = q.empty() ? Range{0, 0} : Range{q.begin / block * block, round_up(q.end, block)};
   }
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
     float* sum = nullptr;
     for (int64_t s = 0; s < p.splits; ++s) {
       if (i < touched[s].begin || i >= touched[s].end) continue;
@@ -370,7 +355,7 @@ void gather(void* context, int64_t task, char*) {
     }
     store_row(row_of<T>(p.g.grad_query, b, h, a.query_row0(b) + i), a.head_dim, sum, a.scale);
   }
-  if (begin > 0) return;
+  if (rows.begin > 0) return;
   if (p.g.grad_sinks) {
     const int64_t row0 = p.row0(b, h);
     p.g.grad_sinks[b * a.heads_q + h] = sink_gradient(a.sinks[h], p.neg_lse + row0, p.delta + row0, a.len_q(b));
@@ -380,6 +365,36 @@ void gather(void* context, int64_t task, char*) {
     for (int64_t s = 0; s < p.splits; ++s) sum += p.grad_alibi[(s * a.batch + b) * a.heads_q + h];
     p.g.grad_alibi_slopes[b * a.heads_q + h] = sum;
   }
+}
+
+// ---- the runs ----
+
+// Runs 1 and 3: a task is a chunk of one head's query rows.
+template <void (*chunk_of_rows)(const Plan&, int64_t, int64_t, Range)>
+void query_rows(void* context, int64_t task, char*) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const int64_t chunks = (p.a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask, begin = task % chunks * kRowsPerTask;
+  const int64_t b = task / chunks / p.a.heads_q, h = task / chunks % p.a.heads_q;
+  chunk_of_rows(p, b, h, {begin, min_of(p.a.len_q(b), begin + kRowsPerTask)});
+}
+
+// Run 2; all three at once for a task that owns all keys of its heads.
+template <class T>
+void key_range(void* context, int64_t task, char* scratch) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const Attention& a = p.a;
+  const int64_t split = task % p.splits, h = task / p.splits % p.tasks_h, b = task / p.splits / p.tasks_h;
+  const Range batch = p.tasks_b == 1 ? Range{0, a.batch} : Range{b, b + 1};
+  const Range heads = p.tasks_h == 1 ? Range{0, a.heads_kv} : Range{h, h + 1};
+  if (p.g.grad_mask) clear_mask_gradient(p, batch, heads, p.keys_of(0, split));
+  KeyBlock<T> block(p, Arena(scratch));
+  for (int64_t i = batch.begin; i < batch.end; ++i)
+    for (int64_t k = heads.begin; k < heads.end; ++k) {
+      const int64_t group = p.splits == 1 ? a.heads_q / a.heads_kv : 0;
+      for (int64_t q = k * group; q < (k + 1) * group; ++q) row_statistics<T>(p, i, q, {0, a.len_q(i)});
+      block.run(i, k, split);
+      for (int64_t q = k * group; q < (k + 1) * group; ++q) gather<T>(p, i, q, {0, a.len_q(i)});
+    }
 }
 
 template <class T>
@@ -393,9 +408,13 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.block_k = min_of(p.block_k, round_up(max_of(1, a.seqlen_k), kKeyUnit));
   p.tasks_b = g.grad_mask && g.grad_mask_batch == 0 ? 1 : a.batch;
   p.tasks_h = g.grad_mask && g.grad_mask_head == 0 ? 1 : a.heads_kv;
-  const int64_t pairs = p.tasks_b * p.tasks_h;
-  p.splits = min_of(kMaxSplits, min_of((kTasksWanted + pairs - 1) / pairs, (a.seqlen_k + kKeysPerSplit - 1) / kKeysPerSplit));
-  if (p.splits < 1 || (g.grad_mask && g.grad_mask_k == 0)) p.splits = 1;
+  const int64_t heads = p.tasks_b * p.tasks_h, keys_per_split = heads < a.batch * a.heads_kv ? kKeyUnit : kKeysPerSplit;
+  if (!(g.grad_mask && g.grad_mask_k == 0)) {
+    p.splits = min_of((kTasksWanted + heads - 1) / heads, (a.seqlen_k + keys_per_split - 1) / keys_per_split);
+    p.splits = max_of(1, min_of(kMaxSplits, p.splits));
+  }
+  p.split_bounds = static_cast<int64_t*>(pool.allocate(pool.self, size_t(a.batch * (p.splits + 1)) * sizeof(int64_t)));
+  for (int64_t b = 0; b < a.batch; ++b) cut_keys(p, b, p.split_bounds + b * (p.splits + 1));
 
   auto floats = [&](int64_t n) { return static_cast<float*>(pool.allocate(pool.self, size_t(n) * sizeof(float))); };
   p.neg_lse = floats(p.rows);
@@ -403,10 +422,10 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.grad_query = floats(p.splits * p.rows * p.width);
   if (g.grad_alibi_slopes) p.grad_alibi = floats(p.splits * a.batch * a.heads_q);
 
-  const int64_t chunks = (a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask;
-  pool.run(a.batch * a.heads_q * chunks, row_statistics<T>, &p, 0);
+  const int64_t chunks = a.batch * a.heads_q * ((a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask);
+  if (p.splits > 1) pool.run(chunks, query_rows<row_statistics<T>>, &p, 0);
   pool.run(p.tasks_b * p.tasks_h * p.splits, key_range<T>, &p, KeyBlock<T>::scratch_bytes(p));
-  pool.run(a.batch * a.heads_q * chunks, gather<T>, &p, 0);
+  if (p.splits > 1) pool.run(chunks, query_rows<gather<T>>, &p, 0);
 }
 
 }  // namespace

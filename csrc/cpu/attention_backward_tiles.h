@@ -39,8 +39,8 @@ class Arena {
 
 // C[rows][width] as in tile_product, cut into panels of nearly equal width. `width` counts lanes.
 template <class Op>
-void product(int64_t rows, int64_t width, int64_t depth, const Op* a, int64_t a_row, int64_t a_red, const Op* b, int64_t b_ld,
-             float* c, int64_t c_ld, Start start) {
+void product(int64_t rows, int64_t width, int64_t depth, const Op* a, int64_t a_row, int64_t a_red, const Op* b,
+             int64_t b_ld, float* c, int64_t c_ld, Start start) {
   int64_t vectors = width / kLanes;
   for (int64_t panels = (vectors + kPanelVectors - 1) / kPanelVectors; panels > 0; --panels) {
     const int64_t now = (vectors + panels - 1) / panels;
@@ -70,7 +70,10 @@ XF_INLINE void convert_row(const bfloat16* in, int64_t dim, bfloat16* out, int64
 template <class T, class Op>
 XF_NOINLINE void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t padded, int64_t dim, Op* out, int64_t width,
                            const float* neg_lse = nullptr) {
+  constexpr int64_t kAhead = 4;  // rows far apart are in other pages: no hardware prefetcher follows
   for (int64_t r = 0; r < padded; ++r, out += width) {
+    if (r + kAhead < rows)
+      for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(in + (r + kAhead) * stride + d);
     if (r < rows && !(neg_lse && neg_lse[r] == -kInfinity))
       convert_row(in + r * stride, dim, out, width);
     else
@@ -120,10 +123,13 @@ XF_INLINE void store_two_keys(const GradientTile<float>& t, int64_t at, int64_t 
 }
 #if defined(XF_BF16_DOT)
 XF_INLINE void store_half(bfloat16* out, __m512i rows, bool upper) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), upper ? _mm512_extracti64x4_epi64(rows, 1) : _mm512_castsi512_si256(rows));
+  const __m256i half = upper ? _mm512_extracti64x4_epi64(rows, 1) : _mm512_castsi512_si256(rows);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
 }
-XF_INLINE void store_two_keys(const GradientTile<bfloat16>& t, int64_t at, int64_t ld, const Vec (&p)[2], const Vec (&ds)[2]) {
-  const __m512i p_rows = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]), ds_rows = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
+XF_INLINE void store_two_keys(const GradientTile<bfloat16>& t, int64_t at, int64_t ld, const Vec (&p)[2],
+                              const Vec (&ds)[2]) {
+  const __m512i p_rows = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]);
+  const __m512i ds_rows = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
   store_half(t.p + at, p_rows, false);
   store_half(t.p + at + ld, p_rows, true);
   store_half(t.ds + at, ds_rows, false);
@@ -132,7 +138,8 @@ XF_INLINE void store_two_keys(const GradientTile<bfloat16>& t, int64_t at, int64
   store(reinterpret_cast<float*>(t.ds_pairs + row * ld + 2 * lane), (Vec)to_bf16_pairs(ds[0], ds[1]));
 }
 XF_INLINE void store_key(const GradientTile<bfloat16>& t, int64_t at, Vec p, Vec ds) {
-  const __m512i p_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), p), ds_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), ds);
+  const __m512i p_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), p);
+  const __m512i ds_row = (__m512i)_mm512_cvtne2ps_pbh(zero(), ds);
   constexpr int64_t ld = kBlockQ<bfloat16>;
   store_half(t.p + at, p_row, false);
   store_half(t.ds + at, ds_row, false);
@@ -141,8 +148,8 @@ XF_INLINE void store_key(const GradientTile<bfloat16>& t, int64_t at, Vec p, Vec
 #endif
 
 template <class Op, bool kDropout, bool kSoftcap>
-XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, bool keep_float, Vec& p,
-                           Vec& ds) {
+XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, bool keep_float,
+                           Vec& p, Vec& ds) {
   if (kStep<Op> == 2)
     p = exp2_coarse(load(t.scores + at) * scale + neg_lse);
   else  // exact as long as the difference is small, however large the score
@@ -182,11 +189,11 @@ XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, in
     }
 }
 
-// P = exp(scores * scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For bfloat16
-// the exponential is one of 2: scale and neg_lse are in units of log2(e).
+// P = exp(scores * scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For
+// bfloat16 the exponential is one of 2: scale and neg_lse come multiplied by log2(e).
 template <class Op>
-void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale, const float* neg_lse,
-                      const float* delta, bool keep_float) {
+void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
+                      const float* neg_lse, const float* delta, bool keep_float) {
   if (t.dropout && t.factor)
     softmax_gradient_of<Op, true, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else if (t.dropout)

@@ -156,12 +156,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_query = empty_in_order_of(query, a.head_dim);
   Tensor d_key = empty_in_order_of(key, a.head_dim);
   Tensor d_value = empty_in_order_of(value, a.head_dim_v);
-  const Tensor none = torch::stable::new_empty(query, {0}, ScalarType::Float);
+  auto none = [&] { return torch::stable::new_empty(query, {0}, ScalarType::Float); };  // results may not share memory
   Tensor d_mask = need_mask_grad ? torch::stable::new_empty(query, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)},
                                                             ScalarType::Float)
-                                 : none;
-  Tensor d_alibi = need_alibi_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none;
-  Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none;
+                                 : none();
+  Tensor d_alibi = need_alibi_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
+  Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
   if (lse.numel() == 0) {  // no query: nothing flows back
     for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_sinks}) torch::stable::zero_(*t);
   } else {

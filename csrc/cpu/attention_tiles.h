@@ -5,7 +5,6 @@
 // row. Lanes past `queries` exist only to fill the last vector; passes may write anything finite or -inf there, and never
 // read the mask for them. A query vector is kLanes adjacent queries; a segment is a rectangle of rows x query vectors.
 //
-//   KeyRanges, cut_segments   which keys each query vector can see, and a key block cut into rectangles of visible scores
 //   mask_edges                -inf where window, causality or both cross a segment
 //   apply_scale, apply_softcap, apply_alibi, apply_mask, apply_options (all that are active, in the contract's order)
 //   DropoutKeep               the Philox keep bits of four adjacent keys x one query vector
@@ -34,55 +33,16 @@ XF_INLINE T* row_of(const View& view, int64_t b, int64_t h, int64_t i) {
 struct ScoreTile {
   float* scores;
   int64_t ld;
-  int64_t batch, head;     // head of query
+  int64_t batch, head;  // head of query
   int64_t key0, query0;
   int64_t queries;
-  int64_t shift;           // position of query i is i + shift
+  int64_t shift;  // position of query i is i + shift
 };
 
 struct Segment {
   int64_t row0, row1;
   int vector0, vector1;
 };
-
-// Keys [first[v], last[v]) are all that some query of vector v can see; both ends grow with v. With granule 2 (bfloat16
-// pairs) ranges start at even keys and end at even keys or at the key limit.
-struct KeyRanges {
-  int vectors;
-  int64_t first[kMaxVectors], last[kMaxVectors];
-};
-
-inline KeyRanges key_ranges(const Attention& a, int64_t query0, int64_t queries, int64_t shift, int64_t limit, int granule) {
-  KeyRanges ranges;
-  ranges.vectors = int((queries + kLanes - 1) / kLanes);
-  for (int v = 0; v < ranges.vectors; ++v) {
-    const int64_t p_first = query0 + v * kLanes + shift;
-    const int64_t p_last = query0 + shift + min_of(queries, (v + 1) * kLanes) - 1;
-    ranges.first[v] = max_of(0, p_first - a.left) / granule * granule;
-    ranges.last[v] = min_of(limit, round_up(max_of(0, p_last + a.right + 1), granule));
-  }
-  return ranges;
-}
-
-// Keys [row0, row1) of the sequence cut where the set of query vectors that see them changes: at most kMaxSegments
-// rectangles, by ascending rows; rows count from row0. Returns how many.
-constexpr int kMaxSegments = 2 * kMaxVectors + 1;
-inline int cut_segments(const KeyRanges& ranges, int64_t row0, int64_t row1, Segment* segments) {
-  int count = 0;
-  for (int64_t row = row0; row < row1;) {
-    int vector0 = 0, vector1 = 0;
-    int64_t next = row1;
-    for (int v = 0; v < ranges.vectors; ++v) {
-      if (ranges.last[v] <= row) vector0 = v + 1;
-      if (ranges.first[v] <= row) vector1 = v + 1;
-      if (ranges.first[v] > row) next = min_of(next, ranges.first[v]);
-      if (ranges.last[v] > row) next = min_of(next, ranges.last[v]);
-    }
-    if (vector0 < vector1) segments[count++] = {row - row0, next - row0, vector0, vector1};
-    row = next;
-  }
-  return count;
-}
 
 // ---- score passes ----
 
@@ -268,6 +228,7 @@ XF_NOINLINE void apply_dropout(const DropoutKeep& dropout, const ScoreTile& tile
 }
 
 // ---- packing ----
+// What is packed is often met here first: each pass asks for the memory it will reach next.
 
 // out[column][lane] = scale * in[lane][column] for lane < rows, 0 for the lanes that fill the last vector.
 template <class T>
@@ -278,6 +239,7 @@ XF_NOINLINE void pack_transposed(const T* in, int64_t stride, int64_t rows, int6
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int n = int(min_of(kLanes, columns - c));
       const T* p = in + lane0 * stride + c;
+      for (int64_t i = kLanes; i < min_of(2 * kLanes, rows - lane0); ++i) __builtin_prefetch(p + i * stride);
       Vec tile[kLanes];
       if (lanes == kLanes && n == kLanes) {
 #pragma GCC unroll 16
@@ -330,9 +292,14 @@ XF_NOINLINE void store_transposed(const float* in, int64_t ld, int64_t rows, int
 template <class T>
 XF_NOINLINE void convert_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, float* out) {
   const int tail = int(columns % kLanes);
+  constexpr int kAhead = 8;
   for (int64_t r = 0; r < rows; ++r, in += stride, out += columns) {
+    const T* ahead = r + kAhead < rows ? in + kAhead * stride : in;
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) store(out + c, load(in + c));
+    for (; c + kLanes <= columns; c += kLanes) {
+      __builtin_prefetch(ahead + c);
+      store(out + c, load(in + c));
+    }
     if (tail) store(out + c, load(in + c, tail), tail);
   }
 }
@@ -352,6 +319,7 @@ XF_NOINLINE void pack_transposed_pairs(const bfloat16* in, int64_t stride, int64
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {
       const int64_t n = min_of(2 * kLanes, columns - c);
       const bfloat16* p = in + lane0 * stride + c;
+      for (int64_t i = kLanes; i < min_of(2 * kLanes, rows - lane0); ++i) __builtin_prefetch(p + i * stride);
       Vec tile[kLanes];
       if (lanes == kLanes && n == 2 * kLanes) {
 #pragma GCC unroll 16
@@ -383,14 +351,20 @@ XF_NOINLINE void pad_rows(const bfloat16* in, int64_t stride, int64_t rows, int6
 // out[row / 2][column][2] = in[row][column], width 2 * columns; a last odd row is paired with zeros.
 XF_NOINLINE void interleave_row_pairs(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns,
                                                     bfloat16* out) {
+  constexpr int kAhead = 8;
   for (int64_t r = 0; r < rows; r += 2, in += 2 * stride, out += 2 * columns) {
     const bool paired = r + 1 < rows;
+    const bfloat16* ahead = r + kAhead + 1 < rows ? in + kAhead * stride : in;
     for (int64_t c = 0; c < columns; c += kLanes) {
+      __builtin_prefetch(ahead + c);
+      __builtin_prefetch(ahead + paired * stride + c);
       const int n = int(min_of(kLanes, columns - c));
       const UVec low = __builtin_convertvector(n == kLanes ? load_as<HVec>(in + c) : load_half_lanes(in + c, n), UVec);
       UVec high{};
-      if (paired)
-        high = __builtin_convertvector(n == kLanes ? load_as<HVec>(in + stride + c) : load_half_lanes(in + stride + c, n), UVec);
+      if (paired) {
+        const bfloat16* next = in + stride + c;
+        high = __builtin_convertvector(n == kLanes ? load_as<HVec>(next) : load_half_lanes(next, n), UVec);
+      }
       store(reinterpret_cast<float*>(out + 2 * c), (Vec)(low | (high << 16)), n);
     }
   }

@@ -6,7 +6,10 @@
 // nothing. B is rows of `vectors` vectors, b_ld elements apart; C is float32 rows, c_ld apart; B and C need no alignment
 // but are fastest at 64 bytes. Start is 0 (overwrite), the old C (accumulate), or the old C times scale[lane] (rescale).
 //
-//   tile_product(rows, vectors, depth, a, a_row, a_red, b, b_ld, c, c_ld, Start::..., scale)       vectors = 1..kMaxVectors
+//   tile_product(rows, vectors, depth, a, a_row, a_red, b, b_ld, c, c_ld, Start::..., scale, prefetch)
+//
+// with vectors = 1..kMaxVectors. What is needed after the product can be brought into the second-level cache meanwhile: a
+// Prefetch lists memory, and the product asks for a share of its lines between chunks of rows.
 //
 // Two forms, chosen by the type of A and B:
 //   float       the plain one, on every instruction set.
@@ -45,6 +48,36 @@ XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
 #endif
 XF_INLINE float broadcast_source(const float* a) { return *a; }
 XF_INLINE Vec load_operand(const float* b) { return load(b); }
+
+// Up to two areas of rows (stride and columns in elements).
+class Prefetch {
+ public:
+  template <class T>
+  void add(const T* p, int64_t stride, int64_t rows, int64_t columns) {
+    Area& area = areas_[count_++];
+    area = {reinterpret_cast<const char*>(p), stride * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), rows, 0};
+    lines_ += rows * ((area.bytes + 63) / 64);
+  }
+  void step(int64_t steps_left) {
+    int64_t now = (lines_ + steps_left - 1) / steps_left;
+    lines_ -= now;
+    for (Area* area = areas_; area < areas_ + count_; ++area)
+      for (; area->rows > 0 && now > 0; --now) {
+        __builtin_prefetch(area->row + area->at, 0, 2);
+        area->at += 64;
+        if (area->at >= area->bytes) area->at = 0, area->row += area->stride, --area->rows;
+      }
+  }
+
+ private:
+  struct Area {
+    const char* row;
+    int64_t stride, bytes, rows, at;
+  };
+  Area areas_[2];
+  int count_ = 0;
+  int64_t lines_ = 0;
+};
 
 template <int R, int V, class T>
 XF_NOINLINE void tile_product_rows(int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b,
@@ -94,10 +127,11 @@ XF_INLINE void tile_product_chunk(int64_t rows, int64_t depth, const T* a, int64
 
 template <int V, class T>
 void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld, float* c,
-                  int64_t c_ld, Start start, const float* scale = nullptr) {
+                  int64_t c_ld, Start start, const float* scale = nullptr, Prefetch* prefetch = nullptr) {
   constexpr int R = kTileRows<V>;
   while (rows > 0) {
     const int64_t chunks = (rows + R - 1) / R, now = (rows + chunks - 1) / chunks;
+    if (prefetch) prefetch->step(chunks);
     tile_product_chunk<R, V>(now, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
     rows -= now;
     a += now * a_row;
@@ -107,12 +141,13 @@ void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_
 
 template <class T>
 void tile_product(int64_t rows, int vectors, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b,
-                  int64_t b_ld, float* c, int64_t c_ld, Start start, const float* scale = nullptr) {
+                  int64_t b_ld, float* c, int64_t c_ld, Start start, const float* scale = nullptr,
+                  Prefetch* prefetch = nullptr) {
   switch (vectors) {
-    case 1: return tile_product<1>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
-    case 2: return tile_product<2>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
-    case 3: return tile_product<3>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
-    default: return tile_product<4>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+    case 1: return tile_product<1>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale, prefetch);
+    case 2: return tile_product<2>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale, prefetch);
+    case 3: return tile_product<3>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale, prefetch);
+    default: return tile_product<4>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale, prefetch);
   }
 }
 

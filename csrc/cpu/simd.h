@@ -7,7 +7,7 @@
 //   load / store         float, bfloat16, float16 in memory <-> float lanes; with a count: the first n lanes, memory past
 //                        them is neither read nor written, lanes past them load as zero
 //   broadcast, maximum, minimum, reduce_add, reduce_max, lane_index
-//   exp2, exp2_coarse    x <= 127, -inf gives 0, NaN stays; relative error 8e-8 and 8e-5 (for a result rounded to bfloat16)
+//   exp2, exp2_coarse    x <= 127, -inf gives 0, NaN stays; relative error 1e-7 and 8e-5 (for a result rounded to bfloat16)
 //   tanh, log            relative error about 1e-7
 //   transpose            a kLanes x kLanes tile held in kLanes vectors
 //   multiply_wide        32 x 32 -> 64 bits, for Philox
@@ -238,15 +238,16 @@ XF_INLINE void store(float16* p, Vec v, int n) { store_half_lanes(p, to_f16(v), 
 
 // ---- functions ----
 
-// 2^x = 2^n * 2^f, n = round(x), |f| <= 1/2; the second factor is a minimax polynomial.
+// 2^x = 2^n * 2^f, n = round(x), |f| <= 1/2; the second factor is a minimax polynomial
+// (of those with 2^0 = 1 exactly: rescaling by an unchanged maximum must not drift).
 template <bool Coarse>
 XF_INLINE Vec exp2_polynomial(Vec f) {
   if (Coarse) return ((5.517162372e-02f * f + 2.426111187e-01f) * f + 6.932609938e-01f) * f + 9.999280740e-01f;
-  Vec p = 1.327646680e-03f * f + 9.675541293e-03f;
-  p = p * f + 5.550713290e-02f;
-  p = p * f + 2.402211972e-01f;
-  p = p * f + 6.931469671e-01f;
-  return p * f + 1.000000072e+00f;
+  Vec p = 1.326472389e-03f * f + 9.671512870e-03f;
+  p = p * f + 5.550733754e-02f;
+  p = p * f + 2.402224208e-01f;
+  p = p * f + 6.931469776e-01f;
+  return p * f + 1.f;
 }
 template <bool Coarse>
 XF_INLINE Vec exp2_impl(Vec x) {

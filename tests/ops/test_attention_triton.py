@@ -1,9 +1,10 @@
-"""The Triton kernels of softmax attention, run by Triton's interpreter on the CPU: TRITON_INTERPRET=1 pytest <this file>.
+"""The Triton kernels of softmax attention in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 pytest <this file>.
 
 The interpreter runs every operation of every program in numpy: shapes are small, and bfloat16, which it holds as
 integers, is left to a GPU, as is the rounding of the matrix units.
 """
 
+import functools
 import math
 import os
 
@@ -15,10 +16,11 @@ import xformer_fast
 from xformer_fast import reference
 from xformer_fast.testing import check_close
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 KERNEL_OPTIONS = [name for name in OPTIONS if name not in ("rope", "relative_bias")]  # those are composed outside
-MOST_TILES = 12  # visited by one pass over a case
+MOST_TILES = 8  # visited by one pass over a case
 
 
 def tiles(case) -> int:
@@ -31,32 +33,47 @@ def tiles(case) -> int:
     return query.shape[1] * sum(math.ceil(q / 32) * math.ceil(k / 16) for q, k in lengths)
 
 
-def cheap_cases(count: int, packed: bool) -> list[int]:
-    seeds, seed = [], 0
-    while len(seeds) < count:
-        case = draw(seed, torch.float32, packed=packed, small=True, options=KERNEL_OPTIONS, rate=0.4)
-        if tiles(case) <= MOST_TILES:
-            seeds.append(seed)
+def key_count(case) -> int:
+    """Of the longest sequence."""
+    return case.options["max_seqlen_k"] if case.packed else case.tensors["key"].shape[2]
+
+
+def cheap_cases(count: int, packed: bool) -> list:
+    """Drawn cases of few tiles.
+
+    The backward takes delta = dO·O from the output as it was stored. Where exact arithmetic cancels (softmax over one
+    key, sums of dS over keys), what remains is the rounding of that output: one key is left to float32, one key beside
+    a sink or slopes, which leaves the tolerance no magnitude to measure by, to none, and float16 checks gradients of
+    query, key and value alone.
+    """
+    cases, seed = [], 0
+    while len(cases) < count:
         seed += 1
-    return seeds
+        case = draw(seed, torch.float32, packed=packed, small=True, options=KERNEL_OPTIONS, rate=0.4)
+        alone = key_count(case) == 1
+        if tiles(case) > MOST_TILES or (alone and {"sinks", "alibi_slopes"} & set(case.tensors)):
+            continue
+        dtype = torch.float16 if len(cases) % 3 == 0 and not alone else torch.float32
+        cases.append(pytest.param(seed, dtype, id=f"{seed}-{str(dtype)[6:]}"))
+    return cases
 
 
 def compare(case):
+    if case.dtype == torch.float16:
+        case.frozen = {"mask", "alibi_slopes", "sinks"}
     truth, naive = truth_and_naive(case)
     with unwritten_memory_is_nan():
         results = evaluate(case, on_backend("triton", packed=case.packed))
     check(case, results, truth, naive, "triton, interpreted")
 
 
-@pytest.mark.parametrize("seed", cheap_cases(56, packed=False))
-def test_random_dense(seed):
-    dtype = torch.float16 if seed % 3 == 0 else torch.float32
+@pytest.mark.parametrize("seed, dtype", cheap_cases(48, packed=False))
+def test_random_dense(seed, dtype):
     compare(draw(seed, dtype, small=True, options=KERNEL_OPTIONS, rate=0.4))
 
 
-@pytest.mark.parametrize("seed", cheap_cases(20, packed=True))
-def test_random_packed(seed):
-    dtype = torch.float16 if seed % 3 == 0 else torch.float32
+@pytest.mark.parametrize("seed, dtype", cheap_cases(16, packed=True))
+def test_random_packed(seed, dtype):
     compare(draw(seed, dtype, packed=True, small=True, options=KERNEL_OPTIONS, rate=0.4))
 
 
@@ -125,16 +142,14 @@ def test_more_than_2_to_the_31_elements():
         memory.as_strided((1, 1, rows, dim), (0, 0, apart, 1), offset).copy_(torch.randn(1, 1, rows, dim))
         for offset in (0, 16, 32)
     )
-    mask = memory.as_strided((1, 1, rows, rows), (0, 0, apart, 1), 0).copy_(torch.randn(1, 1, rows, rows))
-    del mask
     run(query, key, value, causal=True)
 
 
 def test_the_same_call_gives_the_same_bits():
-    tensors = [t.requires_grad_() for t in inputs(1, 4, 2, 33, 33, 8)]
+    attention = functools.partial(xformer_fast.attention, backend="triton")
+    tensors = [t.requires_grad_() for t in inputs(1, 2, 1, 33, 33, 8)]
     mask = torch.randn(1, 1, 33, 33, requires_grad=True)
     first, second = (
-        torch.autograd.grad(xformer_fast.attention(*tensors, mask=mask, backend="triton").square().sum(), [*tensors, mask])
-        for _ in range(2)
+        torch.autograd.grad(attention(*tensors, mask=mask).square().sum(), [*tensors, mask]) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

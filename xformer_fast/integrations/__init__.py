@@ -57,19 +57,27 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     for host in _hosts():
         host.patch_model(model, backend, report)
     if not report.replaced and not report.skipped:
-        report.skipped[""] = f"holds no model of a supported library ({', '.join(HOSTS)})"
+        report.skipped[""] = f"holds no attention of a supported library ({', '.join(HOSTS)})"
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives `model` the attention back that it had before `patch`; nothing happens to a model that was not patched."""
+    """Gives `model` the attention back that it had before `patch`; nothing happens to a model that was not patched.
+
+    >>> import torch, xformer_fast
+    >>> xformer_fast.unpatch(torch.nn.Linear(2, 2))
+    """
     _check(model)
     for host in _hosts():
         host.unpatch_model(model)
 
 
 def register_transformers() -> None:
-    """Makes `attn_implementation="xformer_fast"` known to transformers; `patch` does this itself."""
+    """Makes `attn_implementation="xformer_fast"` known to transformers; `patch` does this itself.
+
+    >>> import xformer_fast
+    >>> xformer_fast.register_transformers()
+    """
     importlib.import_module(".transformers", __name__).register()
 
 

@@ -5,16 +5,17 @@ through the model's own code as `attention_mask`, and calls the attention functi
 spells padding, causality and windows out as a (B, 1, Sq, Sk) tensor; ours keeps the structure, so that the kernel
 skips what the mask hides. What the attention function gets is one of
 
-* None: nothing is hidden, except the future where the module is causal: `is_causal`, else `module.is_causal`, and more
-  than one query. Queries then start at key 0 (top-left: a static cache's prefill has more keys than queries).
+* None, from models that ask for no mask, in a static cache's prefill, and for one query that sees every key: nothing is
+  hidden, except the future where the module is causal (`is_causal`, else `module.is_causal`) and there is more than one
+  query. Queries then start at key 0 (top-left). This is sdpa's rule, too.
 * a bool or float mask: the whole truth, as it stands. `is_causal` and `sliding_window` are not looked at, since a model
-  that builds a mask itself, or is given one by its user, has put everything in. This is sdpa's rule.
+  that builds a mask itself, or is given one by its user, has put everything in.
 * an integer tensor: a structured mask of ours. Its shape and dtype say what it means, never an attribute, a subclass
-  or the module. It is (B, rule, 1, n), expanded without memory along `rule`:
+  or the module, whose `is_causal` may be wrong. It is (B, rule, 1, n), expanded without memory along `rule`:
     - rule (the size): 1 hides no position; 2 is causal; 2w + 1 is causal over the last w keys; 2w + 2 reaches distance
       w both ways. Positions are bottom-right: the last query meets the last key, as it does after any cache.
-    - uint8, n keys: key j counts where it is not 0. Keys from n on, a static cache's unused end, are cut off. n = 0:
-      every key counts.
+    - int16, n keys: all of them count. Keys from n on, a static cache's unused end, are cut off.
+    - uint8, n keys: the same, but key j counts only where it is not 0.
     - int32, n = 1: key_lengths, for padding on the right alone.
     - int64, n = sequences + 1: cu_seqlens of packed sequences, over the rows laid end to end.
 
@@ -39,7 +40,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
-    prepare_padding_mask,
     sdpa_mask,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
@@ -52,6 +52,7 @@ from . import PatchReport
 
 NAME = "xformer_fast"
 _RECORD = "_xformer_fast_patch"
+_DTYPES = (torch.int16, torch.uint8, torch.int32, torch.int64)
 
 _HARMLESS = frozenset(  # what models hand down with their other keyword arguments
     {
@@ -64,6 +65,8 @@ _HARMLESS = frozenset(  # what models hand down with their other keyword argumen
 _REFUSED = {
     "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
     "head_mask": "heads cannot be masked",
+    "indices": "sparse attention to chosen keys is not supported",
+    "block_indices": "sparse attention to chosen blocks is not supported",
     "cache": "continuous batching's paged cache is not supported",
 }
 
@@ -119,9 +122,9 @@ def attention_forward(
             content = None
         elif content.dtype == torch.int32:
             key_lengths = content.expand(query.shape[0])
-        elif content.shape[-1] > 0:
-            key, value = key[:, :, : content.shape[-1]], value[:, :, : content.shape[-1]]
-            mask = content.bool()[:, None, None, :]
+        else:
+            key, value = key[:, :, : content.shape[1]], value[:, :, : content.shape[1]]
+            mask = content.bool()[:, None, None, :] if content.dtype == torch.uint8 else None
 
     if cu_seq_lens_q is not None and mask is None:
         if key_lengths is not None or position_bias is not None:
@@ -179,7 +182,7 @@ def _encode(content: Tensor, causal: bool, window: int | None) -> Tensor:
 
 def _decode(mask: Tensor) -> tuple[bool, tuple[int, int] | None, Tensor]:
     """-> causal, the kernel's window, content (B or 1, n); int32 content is (B or 1,)."""
-    if mask.dim() != 4 or mask.shape[2] != 1 or mask.dtype not in (torch.uint8, torch.int32, torch.int64):
+    if mask.dim() != 4 or mask.shape[2] != 1 or mask.dtype not in _DTYPES:
         raise TypeError(
             f"xformer_fast attention: attention_mask is {mask.dtype} {tuple(mask.shape)}: neither bool or float nor a "
             "structured mask of its own, so the model has computed with its mask"
@@ -187,7 +190,7 @@ def _decode(mask: Tensor) -> tuple[bool, tuple[int, int] | None, Tensor]:
     if mask.dtype == torch.int32 and mask.shape[3] != 1:
         raise ValueError(f"xformer_fast attention: an int32 mask must be (B, rule, 1, 1), got {tuple(mask.shape)}")
     rule, content = mask.shape[1], mask[:, 0, 0, :]
-    if mask.dtype != torch.uint8:
+    if mask.dtype in (torch.int32, torch.int64):
         content = content[:, 0] if mask.dtype == torch.int32 else content[0]
     if rule <= 2:
         return rule == 2, None, content
@@ -218,8 +221,10 @@ def structured_mask(
         first = int(q_offset) - kv_offset  # where the first query stands among the keys at hand
         keys = first + q_length if causal or window is not None else kv_length
         if first >= 0 and keys <= kv_length if causal else keys == kv_length:
-            padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+            padding = attention_mask
             if padding is not None:
+                missing = kv_offset + keys - padding.shape[1]  # keys that it says nothing about do not count
+                padding = nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
                 padding = padding[:, kv_offset : kv_offset + keys].to(torch.bool)
             return _structured(padding, causal, window, q_length, keys, kv_length, device)
     if not plain and attention_mask is None and not is_tracing():
@@ -227,8 +232,10 @@ def structured_mask(
         if packed is not None:
             return packed
     return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-        allow_is_causal_skip, allow_is_bidirectional_skip, device=device, config=config, **kwargs,
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        device=device, config=config, **kwargs,
     )  # fmt: skip
 
 
@@ -240,19 +247,20 @@ def _structured(padding, causal: bool, window: int | None, q_length, keys, kv_le
             lengths = padding.sum(-1, dtype=torch.int32)
             right = padding == (torch.arange(keys, device=padding.device) < lengths[:, None])
             complete, right = torch.stack((padding.all(), right.all())).tolist()
-            padding, lengths = None if complete else padding, lengths if right and keys == kv_length else None
+            padding = None if complete else padding
+            lengths = lengths if right and not complete and keys == kv_length else None
         if window is not None and window >= keys:
             window = None
     if q_length == 1 and window is None:
         causal = False  # the one query stands at the last of `keys`
-    if padding is None and window is None:
-        top_left = keys == q_length and not torch.compiler.is_exporting()  # an exported graph may meet a cache later
-        if top_left if causal else keys == kv_length:
+        if padding is None and keys == kv_length:
             return None
+    if padding is None and window is None and causal and q_length == keys < kv_length:
+        return None  # a static cache's prefill: `generate` asks for masks ahead; seeing None, a model makes its own
     if lengths is not None:
         content = lengths[:, None]
     elif padding is None:
-        content = torch.ones(1, keys if keys < kv_length else 0, dtype=torch.uint8, device=device)
+        content = torch.zeros(1, 1, dtype=torch.int16, device=device).expand(1, keys)
     elif causal or window is not None or keys < kv_length:
         content = padding.to(torch.uint8)
     else:
@@ -313,7 +321,7 @@ def _closure(function: Callable) -> dict:
 def register(backend: str | None = None) -> str:
     """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name."""
     if "q_length" not in inspect.signature(sdpa_mask).parameters:
-        raise ImportError("this transformers has mask functions without q_length and q_offset: upgrade it")
+        raise ImportError("transformers is too old: its mask functions take no q_length; install 5.4 or later")
     name = NAME if backend is None else f"{NAME}_{backend}"
     forward = attention_forward if backend is None else functools.partial(attention_forward, backend=backend)
     AttentionInterface.register(name, forward)
