@@ -90,12 +90,16 @@ class Rope:
 
     def _check_positions(self, name: str, positions: Tensor, batch, length):
         if positions.shape[-1] != length or (positions.dim() > 1 and positions.shape[-2] not in (1, batch)):
-            raise ValueError(f"rope: {name} must be for {length} rows of {batch} sequences, got {tuple(positions.shape)}")
+            raise ValueError(
+                f"rope: {name} must be for {length} rows of {batch} sequences, got {tuple(positions.shape)}"
+            )
         if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
             return  # a look at the values would synchronise, or break the graph
         least, most = (x.item() for x in positions.aminmax())
         if least < 0 or most >= self.cos.shape[0]:
-            raise ValueError(f"rope: {name} must lie in 0..{self.cos.shape[0] - 1}, the tables' rows, got {least}..{most}")
+            raise ValueError(
+                f"rope: {name} must lie in 0..{self.cos.shape[0] - 1}, the tables' rows, got {least}..{most}"
+            )
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = (self._rows(table.to(x.device), positions) for table in (self.cos, self.sin))

@@ -5,6 +5,7 @@ every score. Half inputs multiply in their own dtype and take the softmax in flo
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -124,9 +125,9 @@ def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
 
 def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
     """(Hq, Sq + Sk - 1) numbers by distance, gathered to (Hq, Sq, Sk): entry (i, j) is values[j - i + Sq - 1]."""
-    if len_q == 0:
-        return values[:, :0, None].expand(-1, -1, len_k)
-    return values.unfold(1, len_k, 1).flip(1)  # its gradient sums in one order for any number of threads
+    i, j = torch.arange(len_q, device=values.device)[:, None], torch.arange(len_k, device=values.device)
+    # An embedding: its gradient sums in one order for any number of threads, that of indexing does not.
+    return F.embedding(j - i + (len_q - 1), values.T).permute(2, 0, 1).contiguous()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved=False) -> Tensor:

@@ -27,8 +27,8 @@ def measure(result: Tensor, reference: Tensor, naive: Tensor, *, dtype: torch.dt
     """The error of `result` under the rule. Infinities of the reference (an lse of no key) must be met exactly.
 
     dtype: the dtype of query, key and value, which sets the tolerance (a float32 lse of bfloat16 inputs is judged as
-    bfloat16). magnitude: the size of what the reference is a difference of, where that difference is zero by cancellation
-    (softmax over a single key has no gradient); max|reference| otherwise.
+    bfloat16). magnitude: the size of what the reference is a difference of, where that difference is zero by
+    cancellation (softmax over a single key has no gradient); max|reference| otherwise.
     """
     result, reference, naive = (t.detach().double() for t in (result, reference, naive))
     if result.shape != reference.shape:
@@ -65,7 +65,8 @@ def check_close(
         difference = (result.detach().double() - reference.double()).nan_to_num(nan=float("inf")).abs()
         where = tuple(i.item() for i in torch.unravel_index(difference.argmax(), difference.shape))
         raise AssertionError(
-            f"{name}: error {error.largest:.3e} exceeds {error.allowed:.3e}, relative RMS {error.relative_rms:.1e}; worst at "
-            f"{where}: {result[where].item():.6g}, reference {reference[where].item():.6g}, naive {naive[where].item():.6g}"
+            f"{name}: error {error.largest:.3e} exceeds {error.allowed:.3e}, relative RMS {error.relative_rms:.1e}; "
+            f"worst at {where}: {result[where].item():.6g}, reference {reference[where].item():.6g}, "
+            f"naive {naive[where].item():.6g}"
         )
     return error

@@ -7,10 +7,10 @@
 // Three runs over the pool:
 //   1. row statistics   -lse and delta of every query row.
 //   2. key ranges       A task owns a range of one KV head's keys and walks it in blocks that stay in the L2 cache:
-//                       packed keys and values, float32 dk and dv. Past each block stream the query blocks of the head's
-//                       group. Score tiles are held as in the forward, S^T: rows are keys, lanes are queries. The five
-//                       products are tile products (microkernels.h); only query-side operands are transposed, once a
-//                       block pair. dq of the range is summed in a float32 workspace.
+//                       packed keys and values, float32 dk and dv. Past each block stream the query blocks of the
+//                       head's group. Score tiles are held as in the forward, S^T: rows are keys, lanes are queries.
+//                       The five products are tile products (microkernels.h); only query-side operands are transposed,
+//                       once a block pair. dq of the range is summed in a float32 workspace.
 //   3. gather           dq of the ranges, summed in a fixed order, scaled and rounded; sums for sinks and ALiBi slopes.
 // With one range a head, a task of run 2 does all three for its heads.
 //
@@ -51,7 +51,7 @@ struct Plan {
   int64_t rows = 0;                  // query rows of all sequences and heads
   int64_t width = 0, width_v = 0;    // head dims in whole vectors
   int64_t block_k = 0, splits = 1;   // keys of a block, ranges of keys
-  int64_t tasks_b = 0, tasks_h = 0;  // key tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them
+  int64_t tasks_b = 0, tasks_h = 0;  // tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them
   int64_t* split_bounds = nullptr;  // (batch, splits + 1), keys
   float* neg_lse = nullptr;         // (rows); -inf for a row without keys
   float* delta = nullptr;           // (rows)
@@ -125,7 +125,7 @@ class KeyBlock {
   KeyBlock(const Plan& p, Arena arena) : p_(p), a_(p.a) {
     stage_ = round_up(a_.head_dim, kLanes * kStep<Op>);
     stage_v_ = round_up(a_.head_dim_v, kLanes * kStep<Op>);
-    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the scale waits for the exponent, where -inf must stay
+    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the exponent takes the scale: -inf stays
     exponent_scale_ = (score_pass_ ? 1.f : a_.scale) * (kStep<Op> == 2 ? kLog2e : 1.f);
     const bool pairs = kStep<Op> == 2;
     key_ = arena.take<Op>(p.block_k * stage_);

@@ -68,8 +68,8 @@ XF_INLINE void convert_row(const bfloat16* in, int64_t dim, bfloat16* out, int64
 // `rows` rows of a tensor to dense rows of `width` operands; columns past `dim`, rows from `rows` to `padded`, and rows
 // whose neg_lse is -inf (no key: whatever they hold must not matter) become 0.
 template <class T, class Op>
-XF_NOINLINE void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t padded, int64_t dim, Op* out, int64_t width,
-                           const float* neg_lse = nullptr) {
+XF_NOINLINE void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t padded, int64_t dim, Op* out,
+                           int64_t width, const float* neg_lse = nullptr) {
   constexpr int64_t kAhead = 4;  // rows far apart are in other pages: no hardware prefetcher follows
   for (int64_t r = 0; r < padded; ++r, out += width) {
     if (r + kAhead < rows)
@@ -117,7 +117,8 @@ XF_INLINE void store_key(const GradientTile<float>& t, int64_t at, Vec p, Vec ds
   store(t.p + at, p);
   store(t.ds + at, ds);
 }
-XF_INLINE void store_two_keys(const GradientTile<float>& t, int64_t at, int64_t ld, const Vec (&p)[2], const Vec (&ds)[2]) {
+XF_INLINE void store_two_keys(const GradientTile<float>& t, int64_t at, int64_t ld, const Vec (&p)[2],
+                              const Vec (&ds)[2]) {
   store_key(t, at, p[0], ds[0]);
   store_key(t, at + ld, p[1], ds[1]);
 }
@@ -215,7 +216,8 @@ XF_NOINLINE void softcap_factor(const ScoreTile& tile, const Segment& segment, f
 }
 
 // What dropout multiplies each probability by. Keys of a tile start at a multiple of four.
-XF_NOINLINE void dropout_factor(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment, float* factor) {
+XF_NOINLINE void dropout_factor(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment,
+                                float* factor) {
   for (int64_t r = segment.row0; r < segment.row1; r += 4)
     for (int v = segment.vector0; v < segment.vector1; ++v) {
       IVec keep[4];

@@ -19,7 +19,8 @@ constexpr int kRounds = 4096, kChains = 12;  // enough independent chains for tw
 #if defined(__x86_64__)
 __attribute__((target("avx512f,avx512bf16"), noinline)) float dot_rounds() {
   __m512 acc[kChains];
-  for (auto& a : acc) a = _mm512_setzero_ps();
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_setzero_ps();
   const __m512bh x = (__m512bh)_mm512_set1_epi16(0x3f80), y = (__m512bh)_mm512_set1_epi16(0x3f00);
   for (int r = 0; r < kRounds; ++r) {
 #pragma GCC unroll 12
@@ -29,13 +30,16 @@ __attribute__((target("avx512f,avx512bf16"), noinline)) float dot_rounds() {
     }
   }
   float s = 0;
-  for (auto& a : acc) s += a[0];
+
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) s += acc[i][0];
   return s;
 }
 
 __attribute__((target("avx512f"), noinline)) float fma512_rounds() {
   __m512 acc[kChains];
-  for (auto& a : acc) a = _mm512_setzero_ps();
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_setzero_ps();
   const __m512 x = _mm512_set1_ps(0.5f), y = _mm512_set1_ps(0.25f);
   for (int r = 0; r < kRounds; ++r) {
 #pragma GCC unroll 12
@@ -45,13 +49,16 @@ __attribute__((target("avx512f"), noinline)) float fma512_rounds() {
     }
   }
   float s = 0;
-  for (auto& a : acc) s += a[0];
+
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) s += acc[i][0];
   return s;
 }
 
 __attribute__((target("avx2,fma"), noinline)) float fma256_rounds() {
   __m256 acc[kChains];
-  for (auto& a : acc) a = _mm256_setzero_ps();
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm256_setzero_ps();
   const __m256 x = _mm256_set1_ps(0.5f), y = _mm256_set1_ps(0.25f);
   for (int r = 0; r < kRounds; ++r) {
 #pragma GCC unroll 12
@@ -61,7 +68,9 @@ __attribute__((target("avx2,fma"), noinline)) float fma256_rounds() {
     }
   }
   float s = 0;
-  for (auto& a : acc) s += a[0];
+
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) s += acc[i][0];
   return s;
 }
 #endif
@@ -81,7 +90,9 @@ __attribute__((noinline)) float portable_rounds() {
 #endif
     }
   float s = 0;
-  for (auto& a : acc) s += a[0];
+
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) s += acc[i][0];
   return s;
 }
 

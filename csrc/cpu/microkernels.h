@@ -87,15 +87,7 @@ XF_NOINLINE void tile_product_rows(int64_t depth, const T* a, int64_t a_row, int
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = start == Start::overwrite ? zero() : load(c + r * c_ld + v * kLanes);
-  if (start == Start::rescale) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec factor = load(scale + v * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r][v] *= factor;
-    }
-  }
+    for (int v = 0; v < V; ++v) sum[r][v] = zero();
   for (int64_t k = 0; k < depth; ++k) {
     decltype(load_operand(b)) row[V];
 #pragma GCC unroll 4
@@ -110,6 +102,20 @@ XF_NOINLINE void tile_product_rows(int64_t depth, const T* a, int64_t a_row, int
     b += b_ld;
   }
   asm("" : "+r"(c), "+r"(c_ld));  // or the addresses of every store are computed, and spilled, before the loop
+  // The old C joins last: sums over many blocks lose less than one long chain would.
+  if (start == Start::rescale) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec factor = load(scale + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][v] = load(c + r * c_ld + v * kLanes) * factor + sum[r][v];
+    }
+  } else if (start == Start::accumulate) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += load(c + r * c_ld + v * kLanes);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -19,7 +19,8 @@ from xformer_fast.integrations import transformers as integration  # noqa: E402
 
 WIDTH, HEADS, VOCAB, PAD = 32, 4, 99, 0
 BASE = {
-    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 48, "vocab_size": VOCAB,
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 48,
+    "vocab_size": VOCAB,
 }  # fmt: skip
 IMAGE = {key: BASE[key] for key in BASE if key != "vocab_size"} | {"image_size": 16, "patch_size": 4}
 GQA = BASE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": PAD}
@@ -38,8 +39,8 @@ ENCODER_DECODER = {
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 T5 = {
-    "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS, "vocab_size": VOCAB, "pad_token_id": PAD,
-    "decoder_start_token_id": PAD,
+    "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS, "vocab_size": VOCAB,
+    "pad_token_id": PAD, "decoder_start_token_id": PAD,
 }  # fmt: skip
 
 # name -> model, config, the implementation that is the truth

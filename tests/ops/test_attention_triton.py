@@ -33,9 +33,11 @@ def tiles(case) -> int:
     return query.shape[1] * sum(math.ceil(q / 32) * math.ceil(k / 16) for q, k in lengths)
 
 
-def key_count(case) -> int:
-    """Of the longest sequence."""
-    return case.options["max_seqlen_k"] if case.packed else case.tensors["key"].shape[2]
+def sees_one_key(case) -> bool:
+    """Whether no query sees two keys."""
+    longest = case.options["max_seqlen_k"] if case.packed else case.tensors["key"].shape[2]
+    left, right = case.options.get("window", (-1, -1))
+    return longest <= 1 or (left == 0 and (right == 0 or bool(case.options.get("causal"))))
 
 
 def cheap_cases(count: int, packed: bool) -> list:
@@ -50,7 +52,7 @@ def cheap_cases(count: int, packed: bool) -> list:
     while len(cases) < count:
         seed += 1
         case = draw(seed, torch.float32, packed=packed, small=True, options=KERNEL_OPTIONS, rate=0.4)
-        alone = key_count(case) == 1
+        alone = sees_one_key(case)
         if tiles(case) > MOST_TILES or (alone and {"sinks", "alibi_slopes"} & set(case.tensors)):
             continue
         dtype = torch.float16 if len(cases) % 3 == 0 and not alone else torch.float32
