@@ -192,7 +192,7 @@ TILES = {
     ("forward", 128, "sm80"): Tile(128, 64, 8, 3),
     ("forward", 256, "sm80"): Tile(64, 64, 8, 2),
     ("forward", 64, "sm86"): Tile(128, 64, 4, 2),
-    ("forward", 128, "sm86"): Tile(128, 32, 4, 2),
+    ("forward", 128, "sm86"): Tile(128, 32, 8, 2),
     ("forward", 256, "sm86"): Tile(64, 32, 8, 2),
     ("forward", 64, "sm90"): Tile(128, 128, 8, 2),
     ("forward", 128, "sm90"): Tile(128, 128, 8, 2),

@@ -112,7 +112,8 @@ def draw(seed: int, dtype: torch.dtype, *, packed=False, small=False, long=False
         if long:
             batch, (heads, kv_heads) = 1, rng.choice([(1, 1), (2, 1)])
         shapes = {
-            "query": (batch, heads, len_q, dim), "key": (batch, kv_heads, len_k, dim), "value": (batch, kv_heads, len_k, dim_v),
+            "query": (batch, heads, len_q, dim), "key": (batch, kv_heads, len_k, dim),
+            "value": (batch, kv_heads, len_k, dim_v),
         }  # fmt: skip
         layouts, lengths_k = LAYOUTS, [len_k] * batch
     layout = rng.choice(layouts)
@@ -379,7 +380,7 @@ def check(case: Case, results: dict, truth: dict, naive: dict, context=""):
 
 
 def _cancelled_magnitudes(case: Case) -> dict[str, float]:
-    """Sizes of what cancels: lse is a logarithm around 0; a softmax over one key has no gradient but P·(dP - rowsum(P·dP))."""
+    """Sizes of what cancels: lse is a logarithm around 0; over one key P·(dP - rowsum(P·dP)) is all the gradient."""
     sizes = {"lse": 1.0}
     if "sinks" in case.tensors or _most_visible_keys(case) > 1:
         return sizes

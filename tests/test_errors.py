@@ -8,7 +8,7 @@ from xformer_fast import BackendUnavailable, DistanceBias, Rope, T5Bias, dispatc
 
 BACKENDS = ["reference"] + ["cpu"] * (dispatch.build_problem() is None)
 Q, K, V = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
-LONG_TABLE, SHORT_TABLE = torch.ones(100, 2), torch.ones(8, 2)
+LONG, SHORT = torch.ones(100, 2), torch.ones(8, 2)
 
 
 def attend(query=Q, key=K, value=V, **options):
@@ -52,21 +52,21 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "slopes_dtype": ({"alibi_slopes": torch.ones(4, dtype=torch.int64)}, TypeError, "alibi_slopes must be a float"),
     "sinks_shape": ({"sinks": torch.ones(2, 4)}, ValueError, "sinks must be"),
     "sinks_type": ({"sinks": 0.5}, TypeError, "sinks must be a torch.Tensor"),
-    "rope_type": ({"rope": (SHORT_TABLE, SHORT_TABLE)}, TypeError, "rope must be"),
+    "rope_type": ({"rope": (SHORT, SHORT)}, TypeError, "rope must be"),
     "rope_wide": ({"rope": Rope(torch.ones(9, 5), torch.ones(9, 5))}, ValueError, "rope rotates 10 channels"),
-    "rope_short": ({"rope": Rope(SHORT_TABLE, SHORT_TABLE)}, ValueError, "rope: tables of 8 positions"),
-    "rope_before_zero": ({"key": K[:, :, :5], "value": V[:, :, :5], "rope": Rope(LONG_TABLE, LONG_TABLE)}, ValueError, "rope"),
+    "rope_short": ({"rope": Rope(SHORT, SHORT)}, ValueError, "rope: tables of 8 positions"),
+    "rope_before_zero": ({"key": K[:, :, :5], "value": V[:, :, :5], "rope": Rope(LONG, LONG)}, ValueError, "rope"),
     "rope_positions_shape": (
-        {"rope": Rope(LONG_TABLE, LONG_TABLE, query_positions=torch.zeros(1, dtype=torch.int64))}, ValueError, "query_positions",
+        {"rope": Rope(LONG, LONG, query_positions=torch.zeros(1, dtype=torch.int64))}, ValueError, "query_positions",
     ),
     "rope_positions_batch": (
-        {"rope": Rope(LONG_TABLE, LONG_TABLE, key_positions=torch.zeros(3, 9, dtype=torch.int64))}, ValueError, "key_positions",
+        {"rope": Rope(LONG, LONG, key_positions=torch.zeros(3, 9, dtype=torch.int64))}, ValueError, "key_positions",
     ),
     "rope_positions_values": (
-        {"rope": Rope(LONG_TABLE, LONG_TABLE, key_positions=torch.arange(9) + 95)}, ValueError, "key_positions must lie in",
+        {"rope": Rope(LONG, LONG, key_positions=torch.arange(9) + 95)}, ValueError, "key_positions must lie in",
     ),
     "rope_positions_negative": (
-        {"rope": Rope(LONG_TABLE, LONG_TABLE, query_positions=torch.arange(6) - 1)}, ValueError, "query_positions must lie in",
+        {"rope": Rope(LONG, LONG, query_positions=torch.arange(6) - 1)}, ValueError, "query_positions must lie in",
     ),
     "bias_type": ({"relative_bias": torch.ones(4, 14)}, TypeError, "relative_bias must be"),
     "bias_heads": ({"relative_bias": T5Bias(torch.ones(32, 3))}, ValueError, "relative_bias has 3 heads"),
@@ -116,10 +116,10 @@ PACKED = {
     "lengths_shape": ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, "key_lengths must have shape"),
     "bias_kind": ({"relative_bias": DistanceBias(torch.ones(2, 59))}, TypeError, "relative_bias must be a T5Bias"),
     "rope_before_zero": (
-        {"cu_seqlens_k": offsets(0, 5, 30), "max_seqlen_k": 25, "rope": Rope(LONG_TABLE, LONG_TABLE)}, ValueError, "rope",
+        {"cu_seqlens_k": offsets(0, 5, 30), "max_seqlen_k": 25, "rope": Rope(LONG, LONG)}, ValueError, "rope",
     ),
-    "rope_short": ({"rope": Rope(SHORT_TABLE, SHORT_TABLE)}, ValueError, "rope"),
-    "rope_and_offsets": ({"cu_seqlens_q": offsets(0, 10, 29), "rope": Rope(LONG_TABLE, LONG_TABLE)}, ValueError, "cu_seqlens_q"),
+    "rope_short": ({"rope": Rope(SHORT, SHORT)}, ValueError, "rope"),
+    "rope_and_offsets": ({"cu_seqlens_q": offsets(0, 10, 29), "rope": Rope(LONG, LONG)}, ValueError, "cu_seqlens_q"),
 }  # fmt: skip
 
 
@@ -128,7 +128,8 @@ PACKED = {
 def test_varlen_attention(backend, wrong):
     arguments, exception, words = PACKED[wrong]
     good = {
-        "query": X, "key": X, "value": X, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 20, "max_seqlen_k": 20,
+        "query": X, "key": X, "value": X, "cu_seqlens_q": CU, "cu_seqlens_k": CU,
+        "max_seqlen_q": 20, "max_seqlen_k": 20,
     }  # fmt: skip
     with pytest.raises(exception, match=words):
         xformer_fast.varlen_attention(**{**good, "backend": backend, **arguments})
@@ -165,9 +166,9 @@ def test_torch_signature(wrong):
     [
         (lambda: Rope(torch.ones(9, 4), torch.ones(9, 3)), "cos and sin must both be"),
         (lambda: Rope(torch.ones(9), torch.ones(9)), "cos and sin must both be"),
-        (lambda: Rope(SHORT_TABLE, SHORT_TABLE, sections=(1, 2)), "sections must sum"),
-        (lambda: Rope(SHORT_TABLE, SHORT_TABLE, query_positions=torch.zeros(1, 1, 1, 1)), "query_positions must be"),
-        (lambda: Rope(SHORT_TABLE, SHORT_TABLE, key_positions=torch.zeros(2, 1, 1)), "key_positions of shape"),
+        (lambda: Rope(SHORT, SHORT, sections=(1, 2)), "sections must sum"),
+        (lambda: Rope(SHORT, SHORT, query_positions=torch.zeros(1, 1, 1, 1)), "query_positions must be"),
+        (lambda: Rope(SHORT, SHORT, key_positions=torch.zeros(2, 1, 1)), "key_positions of shape"),
         (lambda: DistanceBias(torch.ones(9)), "values must be"),
         (lambda: T5Bias(torch.ones(32)), "table must be"),
         (lambda: T5Bias(torch.ones(32, 4), max_distance=8), "max_distance must exceed"),

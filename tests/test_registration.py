@@ -103,12 +103,17 @@ OPTIONS = {
     "plain": lambda b, h, n: {},
     "causal": lambda b, h, n: {"causal": True, "window": (7, 0)},
     "mask": lambda b, h, n: {"mask": torch.randn(b, 1, n, n, requires_grad=True), "return_lse": True},
-    "lengths": lambda b, h, n: {"key_lengths": torch.full((b,), n - 2), "alibi_slopes": torch.rand(h, requires_grad=True)},
+    "lengths": lambda b, h, n: {
+        "key_lengths": torch.full((b,), n - 2),
+        "alibi_slopes": torch.rand(h, requires_grad=True),
+    },
     "sinks": lambda b, h, n: {"sinks": torch.randn(h, requires_grad=True), "softcap": 3.0},
     "dropout": lambda b, h, n: {"dropout_p": 0.3},
     "rope": lambda b, h, n: {"rope": xformer_fast.Rope(*torch.rand(2, 99, 4).unbind())},
     "t5": lambda b, h, n: {"relative_bias": xformer_fast.T5Bias(torch.randn(8, h, requires_grad=True))},
-    "distance": lambda b, h, n: {"relative_bias": xformer_fast.DistanceBias(torch.randn(h, 2 * n - 1, requires_grad=True))},
+    "distance": lambda b, h, n: {
+        "relative_bias": xformer_fast.DistanceBias(torch.randn(h, 2 * n - 1, requires_grad=True))
+    },
 }  # fmt: skip
 
 
@@ -203,7 +208,7 @@ def test_autocast(dtype):
 
 def test_mixed_dtypes_raise_outside_autocast():
     q = torch.randn(1, 1, 4, 8)
-    with pytest.raises(TypeError, match="key is torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"key is torch\.bfloat16"):
         xformer_fast.attention(q, q.bfloat16(), q.bfloat16())
 
 

@@ -50,7 +50,7 @@ def measure(result: Tensor, reference: Tensor, naive: Tensor, *, dtype: torch.dt
 def check_close(
     result: Tensor, reference: Tensor, naive: Tensor, name: str = "result", *, dtype=None, magnitude: float = 0.0
 ) -> Error:
-    """Raises AssertionError, naming `name` and the worst element, unless `result` satisfies the rule; returns the error.
+    """The error of `result`; raises AssertionError, naming `name` and the worst element, where the rule is broken.
 
     >>> import torch
     >>> from xformer_fast.testing import check_close

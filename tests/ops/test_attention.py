@@ -1,4 +1,4 @@
-"""`attention` and `varlen_attention` against the naive formula in float64: random calls, all gradients, all instruction sets."""
+"""`attention` and `varlen_attention` against the formula in float64: random calls, gradients, instruction sets."""
 
 import pytest
 import torch
@@ -234,7 +234,7 @@ def test_fully_masked_rows(backend, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_never_reaches_a_result(backend, dtype, causal):
-    """NaN and infinity behind key_lengths, 0 included: bitwise the results of zeros there, gradients of padding zero."""
+    """NaN and infinity behind key_lengths, 0 included: the bits that zeros there give, gradients of padding zero."""
     torch.manual_seed(1)
     lengths = torch.tensor([0, 3, 50, 33], dtype=torch.int32)
     q, k, v = (torch.randn(4, 2, 50, 24).to(dtype) for _ in range(3))
