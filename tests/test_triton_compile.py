@@ -138,9 +138,7 @@ def check(config: Config, rows: list[dict]):
         spilled = row["STACK"] + row["LOCAL"]
         assert spilled == 0, f"{config}: {row['kernel']} has {spilled} bytes of stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
-        wanted = (
-            "HGMMA" if config.arch == 90 and config.dtype != "float32" else "MMA"
-        )  # a small float32 tile takes HMMA
+        wanted = "HGMMA" if config.arch == 90 else "HMMA"
         assert wanted in row["matrix"], f"{config}: {row['kernel']} uses {row['matrix']}, not {wanted}"
 
 

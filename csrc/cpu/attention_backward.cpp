@@ -97,17 +97,31 @@ template <class T>
 void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
   const Attention& a = p.a;
   const int64_t lse0 = b * a.lse_batch + h * a.lse_head + a.query_row0(b), row0 = p.row0(b, h);
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i);
-    const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i);
-    const float lse = a.lse[lse0 + i];
-    const bool dead = lse == -kInfinity || lse == kInfinity;
-    Vec sum = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= a.head_dim_v; d += kLanes) sum = load(out + d) * load(grad + d) + sum;
-    if (d < a.head_dim_v) sum = load(out + d, int(a.head_dim_v - d)) * load(grad + d, int(a.head_dim_v - d)) + sum;
-    p.neg_lse[row0 + i] = dead ? -kInfinity : -lse;
-    p.delta[row0 + i] = dead ? 0.f : reduce_add(sum) - (p.g.grad_lse ? p.g.grad_lse[lse0 + i] : 0.f);
+  for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kLanes) {
+    const int count = int(min_of(kLanes, rows.end - i0));
+    const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i0);
+    const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i0);
+    Vec dot = zero();  // lane by lane in the order of dP's sum: a row with one key has dP = delta almost to the last bit
+    for (int64_t d = 0; d < a.head_dim_v; d += kLanes) {
+      const int n = int(min_of(kLanes, a.head_dim_v - d));
+      Vec o[kLanes], g[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        o[r] = r < count ? load(out + r * a.out.row + d, n) : zero();
+        g[r] = r < count ? load(grad + r * p.g.grad_out.row + d, n) : zero();
+      }
+      transpose(o);
+      transpose(g);
+      for (int k = 0; k < n; ++k) dot = o[k] * g[k] + dot;
+    }
+    float dots[kLanes];
+    store(dots, dot);
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = i0 + r;
+      const float lse = a.lse[lse0 + i];
+      const bool dead = lse == -kInfinity || lse == kInfinity;
+      p.neg_lse[row0 + i] = dead ? -kInfinity : -lse;
+      p.delta[row0 + i] = dead ? 0.f : dots[r] - (p.g.grad_lse ? p.g.grad_lse[lse0 + i] : 0.f);
+    }
   }
 }
 
@@ -125,9 +139,10 @@ class KeyBlock {
   KeyBlock(const Plan& p, Arena arena) : p_(p), a_(p.a) {
     stage_ = round_up(a_.head_dim, kLanes * kStep<Op>);
     stage_v_ = round_up(a_.head_dim_v, kLanes * kStep<Op>);
-    score_pass_ = has_score_options(a_) || !(a_.scale > 0.f);  // else the exponent takes the scale: -inf stays
-    exponent_scale_ = (score_pass_ ? 1.f : a_.scale) * (kStep<Op> == 2 ? kLog2e : 1.f);
     const bool pairs = kStep<Op> == 2;
+    query_scale_ = pairs ? 1.f : a_.scale;
+    score_pass_ = has_score_options(a_) || (pairs && !(a_.scale > 0.f));  // else the exponent takes the scale: -inf stays
+    exponent_scale_ = pairs ? (score_pass_ ? kLog2e : a_.scale * kLog2e) : 1.f;
     key_ = arena.take<Op>(p.block_k * stage_);
     value_ = arena.take<Op>(p.block_k * stage_v_);
     key_rows_ = pairs ? arena.take<Op>(p.block_k * p.width) : key_;
@@ -206,9 +221,10 @@ class KeyBlock {
       delta_[i] = i < rows ? p_.delta[row0 + i] : 0.f;
     }
     const int64_t row = a_.query_row0(b_) + q0;
-    pack_queries(row_of<const T>(a_.query, b_, head, row), a_.query.row, rows, a_.head_dim, query_t_, query_);
-    pack_queries(row_of<const T>(p_.g.grad_out, b_, head, row), p_.g.grad_out.row, rows, a_.head_dim_v, grad_out_t_,
-                 grad_out_);
+    pack_queries(row_of<const T>(a_.query, b_, head, row), a_.query.row, rows, a_.head_dim, query_scale_, query_t_,
+                 query_);
+    pack_queries(row_of<const T>(p_.g.grad_out, b_, head, row), p_.g.grad_out.row, rows, a_.head_dim_v, 1.f,
+                 grad_out_t_, grad_out_);
     float* grad_query = p_.grad_query + (split_ * p_.rows + row0) * p_.width;
     if (first) __builtin_memset(grad_query, 0, size_t(rows * p_.width) * sizeof(float));
 
@@ -223,12 +239,14 @@ class KeyBlock {
     }
   }
 
-  // Query-side rows as the operand that is reduced over the head dim, and as the one that is reduced over queries.
-  void pack_queries(const T* in, int64_t stride, int64_t rows, int64_t dim, Op* transposed, Op* out) {
+  // Query-side rows as the operand that is reduced over the head dim, scaled unless it is bfloat16, and as the one that
+  // is reduced over queries.
+  void pack_queries(const T* in, int64_t stride, int64_t rows, int64_t dim, float scale, Op* transposed,
+                    Op* out) {
     const int64_t padded = round_up(rows, kLanes), width = round_up(dim, kLanes);
     if constexpr (kStep<Op> == 1) {
       pack_rows(in, stride, rows, padded, dim, out, width, neg_lse_);
-      pack_transposed(out, width, padded, dim, 1.f, transposed, kBlockQ<Op>);
+      pack_transposed(out, width, padded, dim, scale, transposed, kBlockQ<Op>);
     }
 #if defined(XF_BF16_DOT)
     if constexpr (kStep<Op> == 2) {
@@ -279,8 +297,9 @@ class KeyBlock {
   }
 
   void score_options(const ScoreTile& scores, const Segment& segment) {
-    if (a_.softcap == 0.f) return apply_options(a_, scores, segment, a_.scale);
-    apply_softcap(scores, segment, a_.scale, a_.softcap);
+    const float unapplied = kStep<Op> == 2 ? a_.scale : 1.f;
+    if (a_.softcap == 0.f) return apply_options(a_, scores, segment, unapplied);
+    apply_softcap(scores, segment, unapplied, a_.softcap);
     softcap_factor(scores, segment, a_.softcap, tile_.factor);
     Attention rest = a_;
     rest.softcap = 0.f;
@@ -299,6 +318,7 @@ class KeyBlock {
   const Plan& p_;
   const Attention& a_;
   int64_t stage_ = 0, stage_v_ = 0;  // row lengths of packed operands
+  float query_scale_ = 1.f;          // the forward's, so that both see the same scores to the last bit
   bool score_pass_ = false;
   float exponent_scale_ = 1.f;       // what softmax_gradient multiplies scores by
   Op *key_ = nullptr, *value_ = nullptr;              // (keys, stage)
