@@ -334,8 +334,8 @@ def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
     """The formula in float64, and in the case's dtype: of several naive gradients the one that errs most.
 
     They are automatic differentiation's and the textbook's, dS = P·(dP - rowsum(dO·O)) with the O that the forward has
-    rounded, dP and row sum added up in float32, under several draws of the roundings: one draw may leave a gradient that is
-    a single number without error.
+    rounded, dP and row sum added up in float32, under several draws of the roundings: one draw may leave a gradient that
+    is a single number without error.
     """
     run, threads = formula(packed=case.packed), torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: waking threads would cost more than they bring
@@ -356,10 +356,9 @@ def _textbook_gradients(case: Case, run, exact_out: Tensor, draws=3):
     tensors = {n: t.detach().requires_grad_(n not in case.frozen) for n, t in case.tensors.items()}
     torch.manual_seed(case.seed)
     out, lse = run(**{**arguments(case, tensors, False), "return_lse": True})
-    products = case.grad_out.double() * exact_out
-    errors = (case.grad_out.double() * (out.double() - exact_out)).sum(-1).abs() + products.norm(
-        dim=-1
-    ) * exact_out.shape[-1] ** 0.5 * 2.0**-25
+    of_rounding = (case.grad_out.double() * (out.double() - exact_out)).sum(-1).abs()
+    of_summing = (case.grad_out.double() * exact_out).norm(dim=-1) * (2 * exact_out.shape[-1]) ** 0.5 * 2.0**-25
+    errors = of_rounding + of_summing
     for _ in range(draws):
         error = errors * torch.randint(0, 2, errors.shape).mul(2).sub(1)
         grad_lse = (0.0 if case.grad_lse is None else case.grad_lse) - (error.T if case.packed else error)
