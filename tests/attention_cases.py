@@ -334,7 +334,7 @@ def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
     """The formula in float64, and in the case's dtype: of several naive gradients the one that errs most.
 
     They are automatic differentiation's and the textbook's, dS = P·(dP - rowsum(dO·O)) with the O that the forward has
-    rounded, dP and row sum added up in float32, under several draws of the roundings: one draw may leave a gradient that
+    rounded, dP and row sum added up in float32, under several draws: one may leave a gradient that
     is a single number without error.
     """
     run, threads = formula(packed=case.packed), torch.get_num_threads()
