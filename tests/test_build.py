@@ -103,7 +103,7 @@ def hot_loops(disassembly: str):
                 continue
             place = int(match[1], 16)
             places[place] = match[2]
-            if jump := re.match(r"j\w+ +([0-9a-f]+) ", match[2]):
+            if jump := re.match(r"j(?!mp)\w+ +([0-9a-f]+) ", match[2]):  # a jmp back may be a shared tail
                 jumps.append((int(jump[1], 16), place))
         loops = [(start, end) for start, end in jumps if start <= end and start in places]
         for start, end in loops:
