@@ -102,7 +102,7 @@ template <int V>
 XF_NOINLINE void exponentials(float* scores, int64_t ld, int64_t rows, const float* max, float factor, float* sum) {
   Vec m[V], l[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = load(sum + v * kLanes);
+  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = zero();
   for (int64_t r = 0; r < rows; ++r, scores += ld) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -112,7 +112,7 @@ XF_NOINLINE void exponentials(float* scores, int64_t ld, int64_t rows, const flo
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(sum + v * kLanes, l[v]);
+  for (int v = 0; v < V; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + l[v]);
 }
 
 #if defined(XF_BF16_DOT)
@@ -124,7 +124,7 @@ XF_NOINLINE void exponentials_pairs(const float* scores, int64_t ld, int64_t row
   const UVec ones = broadcast_bits(0x3f803f80u);
   Vec m[V], l[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = load(sum + v * kLanes);
+  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = zero();
   for (int64_t r = 0; r < rows; r += 2, scores += 2 * ld, pairs += 2 * ld) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -136,7 +136,7 @@ XF_NOINLINE void exponentials_pairs(const float* scores, int64_t ld, int64_t row
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(sum + v * kLanes, l[v]);
+  for (int v = 0; v < V; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + l[v]);
 }
 
 XF_NOINLINE void apply_dropout_pairs(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment) {
