@@ -36,6 +36,9 @@ def tiles(case) -> int:
 def sees_one_key(case) -> bool:
     """Whether no query sees two keys."""
     longest = case.options["max_seqlen_k"] if case.packed else case.tensors["key"].shape[2]
+    lengths = case.options.get("key_lengths")
+    if lengths is not None and len(lengths):
+        longest = min(longest, int(max(lengths)))
     left, right = case.options.get("window", (-1, -1))
     return longest <= 1 or (left == 0 and (right == 0 or bool(case.options.get("causal"))))
 
