@@ -34,8 +34,8 @@ ISA_FLAGS = {
 EXTRA_FLAGS = os.environ.get("XFORMER_FAST_CXXFLAGS", "").split()  # last on every line: for sanitizers
 CPU = Path("csrc") / "cpu"
 HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py, which runs in its folder
-KERNEL_SOURCES = ["attention_forward.cpp", "attention_backward.cpp", "attention_kernels.cpp"]
-LAUNCHER_SOURCES = ["attention_launcher.cpp"]
+LAUNCHER_SOURCES = sorted(path.name for path in CPU.glob("*_launcher.cpp"))  # compiled once, with torch's headers
+KERNEL_SOURCES = sorted({path.name for path in CPU.glob("*.cpp")} - {*LAUNCHER_SOURCES, "ceiling.cpp"})  # once an ISA
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 
 

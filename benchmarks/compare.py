@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from .cases import DTYPES, OPS, select
+from .cases import OPS, select
+from .op import DTYPES
 from .run import DEFAULT_MODES, OURS, Settings, bench, chosen_peers, failures, listed, quiet
 
 HEAD = (
@@ -22,7 +23,7 @@ def table_line(rows: list[dict[str, Any]]) -> str:
     ours = by_peer[OURS]
     line = f"{ours['case']:<24}{ours['dtype']:<10}{ours['mode']:<6}"
     for peer in (OURS, "naive", "sdpa"):
-        row = by_peer[peer]
+        row = by_peer.get(peer, {"status": "-"})  # not every op has an SDPA
         speed = f"{row['ms']:.4f}" if row["status"] == "ok" else row["status"]
         error = f"{row['max_abs_error']:.1e}" if "max_abs_error" in row else "-"
         line += f"{speed:>14}{error:>10}"
@@ -49,7 +50,7 @@ def execute(args: argparse.Namespace) -> int:
     quiet()
     try:
         cases = select(args.op, device=args.device, names=args.case, quick=args.case is None)
-        peers = chosen_peers(args.op, args.device, backends=args.backend, names="naive,sdpa", quick=True)
+        peers = chosen_peers(args.op, args.device, backends=args.backend, names=None, quick=True)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

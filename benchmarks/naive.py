@@ -81,6 +81,3 @@ def naive_formula(query, key, value, mask, bias) -> torch.Tensor:
 def naive_attention(inputs: dict[str, Any]) -> torch.Tensor:
     query, key, value, mask, options = split_options(inputs)
     return naive_formula(query, key, value, mask, structure(query, key, **options))
-
-
-NAIVE = {"attention": naive_attention}

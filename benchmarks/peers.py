@@ -217,12 +217,11 @@ class Flex(Peer):
         return Prepared(call, context=donate_nothing)
 
 
-def peers_of(op: str, device: str, backends=(None,)) -> list[Peer]:
-    """Every peer that could be asked on this device type, xformer_fast first."""
+def attention_peers(device: str) -> list[Peer]:
+    """Every peer of softmax attention that could be asked on this device type."""
     from .cpu_peers import OnnxRuntime, OpenVino, Zentorch
 
-    ours: list[Peer] = [XformerFast(op, backend) for backend in backends]
-    peers = [Naive(), Naive(compiled=True), SDPA(), SDPA("flash"), SDPA("math"), SDPAChunks(), Flex()]
+    peers: list[Peer] = [Naive(), Naive(compiled=True), SDPA(), SDPA("flash"), SDPA("math"), SDPAChunks(), Flex()]
     if device == "cpu":
-        return [*ours, *peers, OpenVino(), OnnxRuntime(), Zentorch()]
-    return [*ours, *peers, SDPA("efficient"), SDPA("cudnn")]
+        return [*peers, OpenVino(), OnnxRuntime(), Zentorch()]
+    return [*peers, SDPA("efficient"), SDPA("cudnn")]

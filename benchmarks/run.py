@@ -33,9 +33,10 @@ from tqdm import tqdm
 from xformer_fast import BackendUnavailable
 
 from . import measure
-from .cases import DTYPES, MODES, OPS, select, sweep_cases
+from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
-from .peers import CannotRun, Peer, Prepared, peers_of
+from .op import DTYPES, MODES
+from .peers import CannotRun, Peer, Prepared, XformerFast
 
 COLUMNS = [
     "date", "commit", "device", "cpu", "threads", "python", "torch", "xformer_fast",
@@ -359,14 +360,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
 
 
+def peers_of(op: str, device: str, backends: Iterable[str | None] = (None,)) -> list[Peer]:
+    """Every peer that could be asked on this device type, xformer_fast first."""
+    return [*(XformerFast(op, backend) for backend in backends), *OPS[op].peers(device)]
+
+
 def chosen_peers(op: str, device: str, *, backends: str | None, names: str | None, quick: bool) -> list[Peer]:
     ours = backends.split(",") if backends else [None]
     peers = peers_of(op, device, ours)
-    if names is None:
-        names = "naive,sdpa" if quick else None
-    if names is None:
+    if names is None and not quick:
         return peers
-    wanted = names.split(",")
+    wanted = names.split(",") if names else [peer.name for peer in peers if peer.name in ("naive", "sdpa")]
     unknown = set(wanted) - {peer.name for peer in peers}
     if unknown:
         raise ValueError(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in peers)}")

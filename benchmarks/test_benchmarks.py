@@ -16,11 +16,13 @@ import torch
 from xformer_fast import reference
 
 from . import plot
-from .cases import DTYPES, OPS, AttentionCase, select, sweep_cases
+from .attention import AttentionCase
+from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
 from .naive import keep_mask
-from .peers import SDPA, Naive, Peer, Prepared, SDPAChunks, XformerFast, peers_of
-from .run import COLUMNS, CsvSink, Settings, bench, failures
+from .op import DTYPES
+from .peers import SDPA, Naive, Peer, Prepared, SDPAChunks, XformerFast
+from .run import COLUMNS, CsvSink, Settings, bench, failures, peers_of
 
 
 def tiny(case: AttentionCase) -> AttentionCase:

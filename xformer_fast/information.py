@@ -1,5 +1,6 @@
 """`info()` and `explain()`: what runs here, what would run for a call, and why the rest would not."""
 
+import functools
 import platform
 
 import torch
@@ -8,7 +9,11 @@ from . import build_info
 from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
 
-_EXPLAIN = {"attention": attention_ops.attention, "varlen_attention": attention_ops.varlen_attention}
+# Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
+_EXPLAIN = {
+    "attention": functools.partial(attention_ops.explain, attention_ops.attention),
+    "varlen_attention": functools.partial(attention_ops.explain, attention_ops.varlen_attention),
+}
 
 
 def explain(op: str, *args, **kwargs) -> str:
@@ -20,7 +25,7 @@ def explain(op: str, *args, **kwargs) -> str:
     """
     if op not in _EXPLAIN:
         raise ValueError(f"op must be one of {', '.join(_EXPLAIN)}, got {op!r}")
-    reasons = attention_ops.explain(_EXPLAIN[op], *args, **kwargs)
+    reasons = _EXPLAIN[op](*args, **kwargs)
     chosen = next((name for name, reason in reasons.items() if not reason), None)
     lines = [f"{op}: {chosen or 'no backend'} runs this call"]
     lines += [

@@ -1,18 +1,9 @@
 // What the launcher hands to the softmax-attention kernels: raw pointers, sizes, strides (in elements), options.
 // Nothing here knows torch; nothing here is compiled for one instruction set.
 #pragma once
-#include <cstddef>
-#include <cstdint>
+#include "kernel.h"
 
 namespace xformer_fast {
-
-enum class Element : int { float32, bfloat16, float16, boolean };
-
-// A (batch, heads, sequence, head_dim) view whose last stride is 1. Packed (T, H, D) inputs have batch stride 0.
-struct View {
-  void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;  // strides
-};
 
 // Keys kept for query i of a sequence: max(0, p_i - left) <= j <= p_i + right, j < key length; p_i = i + shift.
 constexpr int64_t kNoLimit = int64_t(1) << 60;  // left/right without a limit; safe to add to any position
@@ -63,26 +54,11 @@ struct AttentionGrad {
   float* grad_sinks = nullptr;         // float32 (batch, heads_q), likewise
 };
 
-// Runs task 0..count-1, each exactly once, in any order on any thread, lowest numbers first (put the heaviest there).
-// `scratch` is private to the running thread, 64-byte aligned, `scratch_bytes` long, uninitialised.
-using Task = void (*)(void* context, int64_t task, char* scratch);
-struct Pool {
-  void (*run)(int64_t count, Task task, void* context, size_t scratch_bytes);
-  void* (*allocate)(void* self, size_t bytes);  // 64-byte aligned workspace that lives until the launcher returns
-  void* self;
-};
-
 struct AttentionKernels {
   void (*forward)(const Attention&, const Pool&);
   void (*backward)(const Attention&, const AttentionGrad&, const Pool&);
 };
 
-// One table an instruction set, from the same sources compiled with other flags.
-namespace portable { extern const AttentionKernels attention_kernels; }
-#if defined(__x86_64__)
-namespace avx2 { extern const AttentionKernels attention_kernels; }         // AVX2, FMA, F16C
-namespace avx512 { extern const AttentionKernels attention_kernels; }       // AVX-512 F, BW, DQ, VL
-namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }  // and AVX512_BF16
-#endif
+XF_DECLARE_KERNELS(AttentionKernels, attention_kernels)
 
 }  // namespace xformer_fast

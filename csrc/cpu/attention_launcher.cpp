@@ -1,21 +1,10 @@
 // The operators xformer_fast::attention_cpu and attention_cpu_backward: schema, value checks, tensors to raw pointers.
 // Shapes, dtypes and option types were checked by the public function; values that live in tensors are checked here.
-#include "isa.h"
+#include "attention.h"
 #include "launch.h"
 
 namespace xformer_fast {
 namespace {
-
-const AttentionKernels& kernels() {
-  switch (selected_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512_bf16: return avx512_bf16::attention_kernels;
-    case Isa::avx512: return avx512::attention_kernels;
-    case Isa::avx2: return avx2::attention_kernels;
-#endif
-    default: return portable::attention_kernels;
-  }
-}
 
 enum Causal : int64_t { kNotCausal = 0, kBottomRight = 1, kTopLeft = 2 };
 
@@ -138,7 +127,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
   if (lse.numel() > 0) {
     p.set_results(out, lse);
     Call call(p.work());
-    kernels().forward(p.a, call.pool());
+    XF_KERNELS(attention_kernels).forward(p.a, call.pool());
   }
   return {out, lse};
 }
@@ -185,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     if (need_alibi_grad) g.grad_alibi_slopes = static_cast<float*>(d_alibi.data_ptr());
     if (need_sinks_grad) g.grad_sinks = static_cast<float*>(d_sinks.data_ptr());
     Call call(2.5 * p.work());
-    kernels().backward(a, g, call.pool());
+    XF_KERNELS(attention_kernels).backward(a, g, call.pool());
   }
   if (need_mask_grad && mask->scalar_type() != ScalarType::Float) d_mask = torch::stable::to(d_mask, mask->scalar_type());
   const std::vector<int64_t> batch_axis{0};

@@ -33,3 +33,18 @@ inline Isa selected_isa() {
 }
 
 }  // namespace xformer_fast
+
+// The table `name` (see XF_DECLARE_KERNELS) of the instruction set in use.
+#if defined(__x86_64__)
+#define XF_KERNELS(name)                                                      \
+  ([]() -> decltype(::xformer_fast::portable::name)& {                        \
+    switch (::xformer_fast::selected_isa()) {                                 \
+      case ::xformer_fast::Isa::avx512_bf16: return ::xformer_fast::avx512_bf16::name; \
+      case ::xformer_fast::Isa::avx512: return ::xformer_fast::avx512::name;  \
+      case ::xformer_fast::Isa::avx2: return ::xformer_fast::avx2::name;      \
+      default: return ::xformer_fast::portable::name;                         \
+    }                                                                         \
+  }())
+#else
+#define XF_KERNELS(name) (::xformer_fast::portable::name)
+#endif

@@ -12,7 +12,8 @@
 #include <optional>
 #include <vector>
 
-#include "attention.h"
+#include "isa.h"
+#include "kernel.h"
 
 namespace xformer_fast {
 
