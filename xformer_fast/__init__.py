@@ -10,7 +10,9 @@ from . import reference
 from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
-from .positions import DistanceBias, Rope, T5Bias, alibi_slopes
+from .ops.rope import apply_rope
+from .positions import DistanceBias, T5Bias, alibi_slopes
+from .rope import Rope, rope_frequencies, rope_tables
 
 __version__ = "0.1.0"
 
@@ -21,12 +23,15 @@ __all__ = [
     "Rope",
     "T5Bias",
     "alibi_slopes",
+    "apply_rope",
     "attention",
     "explain",
     "info",
     "patch",
     "reference",
     "register_transformers",
+    "rope_frequencies",
+    "rope_tables",
     "scaled_dot_product_attention",
     "unpatch",
     "varlen_attention",

@@ -1,4 +1,4 @@
-"""Position schemes handed to the attention ops: rotary embeddings, ALiBi slopes, biases of the distance."""
+"""Position schemes handed to the attention ops: rotary embeddings (rope.py), ALiBi slopes, biases of the distance."""
 
 import math
 
@@ -6,124 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from .rope import Rope
 
-
-class Rope:
-    """Rotary position embedding, handed to `rope=`: the op rotates query and key by it.
-
-    cos, sin: (P, R/2) tables by position, R <= head_dim (the first R channels turn, "partial rotary").
-    interleaved: pairs are neighbours (GPT-J); otherwise channel k pairs with k + R/2 (NeoX, LLaMA).
-    query_positions, key_positions: int tensors (S,), (B, S), or (axes, B, S) with `sections`; by default query i stands
-    at p_i (see `attention`) and key j at j.
-    sections: with (axes, B, S) positions, how many of the R/2 angles follow each axis (M-RoPE, 2-D axial); sums to R/2.
-
-    Su et al., "RoFormer" (2021).
-
-    >>> import torch, xformer_fast
-    >>> angle = torch.arange(128)[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
-    >>> rope = xformer_fast.Rope(angle.cos(), angle.sin())
-    """
-
-    def __init__(self, cos, sin, *, interleaved=False, query_positions=None, key_positions=None, sections=None):
-        if cos.dim() != 2 or cos.shape != sin.shape:
-            raise ValueError(f"cos and sin must both be (P, R/2), got {tuple(cos.shape)} and {tuple(sin.shape)}")
-        if sections is not None and sum(sections) != cos.shape[1]:
-            raise ValueError(f"sections must sum to R/2 = {cos.shape[1]}, got {tuple(sections)}")
-        for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
-            if positions is None:
-                continue
-            if positions.dim() not in (1, 2, 3):
-                raise ValueError(f"{name} must be (S,), (B, S) or (axes, B, S), got shape {tuple(positions.shape)}")
-            if positions.dim() == 3 and (sections is None or len(sections) != positions.shape[0]):
-                raise ValueError(f"{name} of shape (axes, B, S) needs sections, one number of angles an axis")
-        self.cos, self.sin, self.interleaved, self.sections = cos, sin, interleaved, sections
-        self.query_positions, self.key_positions = query_positions, key_positions
-
-    def rotate(self, query: Tensor, key: Tensor, *, top_left=False) -> tuple[Tensor, Tensor]:
-        """query (B, Hq, Sq, D) and key (B, Hkv, Sk, D), rotated."""
-        self.check(query.shape[-1])
-        len_q, len_k = query.shape[2], key.shape[2]
-        shift = 0 if top_left else len_k - len_q
-        query_positions, key_positions = self.query_positions, self.key_positions
-        if query_positions is None:
-            if shift < 0:
-                raise ValueError(
-                    f"rope: with {len_q} queries and {len_k} keys the first query stands before position 0; "
-                    "give Rope query_positions"
-                )
-            query_positions = self._consecutive("queries", shift, len_q, query.device)
-        else:
-            self._check_positions("query_positions", query_positions, query.shape[0], len_q)
-        if key_positions is None:
-            key_positions = self._consecutive("keys", 0, len_k, key.device)
-        else:
-            self._check_positions("key_positions", key_positions, key.shape[0], len_k)
-        return self._turn(query, query_positions), self._turn(key, key_positions)
-
-    def rotate_packed(self, query, key, cu_seqlens_q, cu_seqlens_k, *, top_left=False) -> tuple[Tensor, Tensor]:
-        """query (Tq, Hq, D) and key (Tk, Hkv, D) of packed sequences; positions, if given, are (T,)."""
-        self.check(query.shape[-1])
-        query_positions, key_positions = self.query_positions, self.key_positions
-        if query_positions is None:
-            query_positions = packed_positions(cu_seqlens_q, query.shape[0])
-            if not top_left:
-                shifts = cu_seqlens_k.diff() - cu_seqlens_q.diff()
-                query_positions = query_positions + shifts[packed_sequences(cu_seqlens_q, query.shape[0])]
-        if key_positions is None:
-            key_positions = packed_positions(cu_seqlens_k, key.shape[0])
-        self._check_positions("query_positions", query_positions, 1, query.shape[0])
-        self._check_positions("key_positions", key_positions, 1, key.shape[0])
-        return tuple(
-            self._turn(t.transpose(0, 1)[None], positions)[0].transpose(0, 1)
-            for t, positions in ((query, query_positions), (key, key_positions))
-        )
-
-    def check(self, head_dim: int):
-        if 2 * self.cos.shape[1] > head_dim:
-            raise ValueError(f"rope rotates {2 * self.cos.shape[1]} channels, but head_dim is {head_dim}")
-
-    def _consecutive(self, rows: str, first, count, device) -> Tensor:
-        if first + count > self.cos.shape[0]:
-            raise ValueError(f"rope: tables of {self.cos.shape[0]} positions are too short for {first + count} {rows}")
-        return torch.arange(first, first + count, device=device)
-
-    def _check_positions(self, name: str, positions: Tensor, batch, length):
-        if positions.shape[-1] != length or (positions.dim() > 1 and positions.shape[-2] not in (1, batch)):
-            raise ValueError(
-                f"rope: {name} must be for {length} rows of {batch} sequences, got {tuple(positions.shape)}"
-            )
-        if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
-            return  # a look at the values would synchronise, or break the graph
-        least, most = (x.item() for x in positions.aminmax())
-        if least < 0 or most >= self.cos.shape[0]:
-            raise ValueError(
-                f"rope: {name} must lie in 0..{self.cos.shape[0] - 1}, the tables' rows, got {least}..{most}"
-            )
-
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = (self._rows(table.to(x.device), positions) for table in (self.cos, self.sin))
-        return reference.apply_rope(x, cos, sin, interleaved=self.interleaved)
-
-    def _rows(self, table: Tensor, positions: Tensor) -> Tensor:
-        if positions.dim() < 3:
-            rows = table[positions]  # (S, R/2) or (B, S, R/2)
-        else:
-            parts = table.split(list(self.sections), dim=1)
-            rows = torch.cat([part[axis] for part, axis in zip(parts, positions, strict=True)], -1)
-        return rows if rows.dim() == 2 else rows[:, None]
-
-
-def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each packed row's index inside its own sequence, (T,) int64."""
-    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[packed_sequences(cu_seqlens, total)]
-
-
-def packed_sequences(cu_seqlens: Tensor, total: int) -> Tensor:
-    """The sequence each packed row belongs to, (T,) int64; offsets that end too early leave their rest to the last."""
-    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequences = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return sequences.clamp(max=cu_seqlens.shape[0] - 2)
+__all__ = ["DistanceBias", "Rope", "T5Bias", "alibi_slopes"]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
