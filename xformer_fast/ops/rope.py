@@ -128,10 +128,10 @@ def check_positions(name: str, positions: Tensor, sections: Sequence[int] | None
     checks.check_tensors(**{name: positions})
     if positions.dim() not in (1, 2, 3):
         raise ValueError(f"{name} must be (S,), (B, S) or (axes, B, S), got shape {tuple(positions.shape)}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {positions.dtype}")
     if positions.dim() == 3 and (sections is None or len(sections) != positions.shape[0]):
         raise ValueError(f"{name} of shape (axes, B, S) needs sections, one number of angles an axis")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {positions.dtype}")
     if length is None:
         return
     if positions.shape[-1] != length or (positions.dim() > 1 and positions.shape[-2] not in (1, batch)):
