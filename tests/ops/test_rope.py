@@ -374,6 +374,18 @@ def test_rope_against_the_formula(interleaved):
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_new_tokens_stand_behind_the_cached_ones(backend):
+    q, k, (cos, sin) = torch.randn(2, 4, 3, 24), torch.randn(2, 2, 3, 24), tables(16)
+    first = torch.tensor([5, 0], dtype=torch.int32)
+    places = torch.tensor([[5, 6, 7], [0, 1, 2]])
+    turned_q, turned_k = Rope(cos, sin).rotate_tokens(q, k, first, backend=backend)
+    torch.testing.assert_close(turned_q, reference.apply_rope(q, cos, sin, positions=places))
+    torch.testing.assert_close(turned_k, reference.apply_rope(k, cos, sin, positions=places))
+    alone, none = Rope(cos, sin).rotate_tokens(q, None, first, backend=backend)
+    assert none is None and torch.equal(alone, turned_q)
+
+
 @pytest.mark.parametrize("sections", [(16, 24, 24), (8, 12, 12), (3, 0, 5)])
 def test_sections_equal_qwen2_vl(sections):
     qwen = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
