@@ -23,6 +23,8 @@ struct Attention {
   int64_t mask_batch = 0, mask_head = 0, mask_q = 0, mask_k = 0;  // strides, 0 where broadcast
   const float* alibi_slopes = nullptr;                    // adds -slope * |p_i - j|
   int64_t alibi_batch = 0, alibi_head = 0;                // strides
+  const float* distance_bias = nullptr;                   // adds values[h * distance_head + (j - p_i) + distance_offset]
+  int64_t distance_head = 0, distance_offset = 0;
   const float* sinks = nullptr;                           // (heads_q): one more logit in every denominator
   float scale = 1.f;
   float softcap = 0.f;                                    // 0: none
