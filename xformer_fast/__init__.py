@@ -10,6 +10,7 @@ from . import reference
 from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from .ops.decode_attention import decode_attention
 from .positions import DistanceBias, Rope, T5Bias, alibi_slopes
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "T5Bias",
     "alibi_slopes",
     "attention",
+    "decode_attention",
     "explain",
     "info",
     "patch",

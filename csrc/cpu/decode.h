@@ -23,7 +23,7 @@ struct Decode {
   }
 };
 
-// Row t of new_key and new_value goes to key lengths[b] + t of the caches.
+// The last `tokens` of the lengths[b] keys of a sequence are written: the rows of new_key and new_value.
 struct CacheAppend {
   int64_t element_bytes, batch, heads, tokens, head_dim, head_dim_v;
   const int64_t* lengths;

@@ -28,8 +28,8 @@ constexpr int64_t kBlockKeys = 256;      // scores and probabilities of a block 
 constexpr int64_t kPieceKeys = 32;       // a piece of K or V that several rows pass over stays there too
 constexpr int64_t kMaxRows = 64;         // of a task
 constexpr int64_t kTasks = 128;          // enough for any machine to share evenly,
-constexpr int64_t kLeastTaskKeys = 512;  // unless tasks would get shorter than this
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kLeastTaskKeys = 1024;  // unless tasks would get shorter than this
+constexpr int64_t kAheadBytes = 16384;  // into the second-level cache
 constexpr int kRowsAtOnce = kLanes / 4;  // rows of a score tile: x 4 keys makes kLanes sums
 constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators of a value tile
 
@@ -166,7 +166,7 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           x[i] = load_step(k[i] + c);
-          __builtin_prefetch(k[i] + c + ahead);
+          __builtin_prefetch(k[i] + c + ahead, 0, 2);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -180,7 +180,7 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const auto x = load_step(k[i] + whole, dim - whole);
-          __builtin_prefetch(k[i] + whole + ahead);
+          __builtin_prefetch(k[i] + whole + ahead, 0, 2);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) add_product(sum[r][i], x, load_step(q + r * query_ld));
         }
@@ -332,7 +332,7 @@ XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t col
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       x[v] = Whole ? load(row + v * kLanes) : load(row + v * kLanes, int(columns));
-      __builtin_prefetch(row + v * kLanes + run.ahead);
+      __builtin_prefetch(row + v * kLanes + run.ahead, 0, 2);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -370,8 +370,8 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
     for (int v = 0; v < V; v += 2) {
       const __m512i a = (__m512i)(Whole ? load_step(row + v * kLanes) : load_step(row + v * kLanes, columns));
       const __m512i b = (__m512i)(Whole ? load_step(next + v * kLanes) : load_step(next + v * kLanes, columns));
-      __builtin_prefetch(row + v * kLanes + run.ahead);
-      __builtin_prefetch(next + v * kLanes + run.ahead);
+      __builtin_prefetch(row + v * kLanes + run.ahead, 0, 2);
+      __builtin_prefetch(next + v * kLanes + run.ahead, 0, 2);
       x[v] = (UVec)_mm512_unpacklo_epi16(a, b);
       x[v + 1] = (UVec)_mm512_unpackhi_epi16(a, b);
     }
@@ -607,6 +607,11 @@ void append_rows(const View& cache, const Paging& paging, const View& rows, int6
 
 }  // namespace
 
+// Whether a call of `attention` runs faster here.
+bool decode_takes(const Attention& a) {
+  return a.seqlen_q <= 16 && !a.cu_seqlens_q && a.dropout_p == 0. && a.seqlen_q * (a.heads_q / max_of(1, a.heads_kv)) <= 64;
+}
+
 void decode_forward(const Decode& d, const Pool& pool) {
   switch (d.attention.element) {
     case Element::float32: return decode_of<float>(d, pool);
@@ -620,8 +625,8 @@ void kv_cache_append(const CacheAppend& append, const Pool& pool) {
   const Task task = [](void* context, int64_t task, char*) {
     const CacheAppend& c = *static_cast<const CacheAppend*>(context);
     const int64_t b = task / c.heads, h = task % c.heads;
-    append_rows(c.key_cache, c.paging, c.new_key, b, h, c.lengths[b], c.tokens, c.head_dim, c.element_bytes);
-    append_rows(c.value_cache, c.paging, c.new_value, b, h, c.lengths[b], c.tokens, c.head_dim_v, c.element_bytes);
+    append_rows(c.key_cache, c.paging, c.new_key, b, h, c.lengths[b] - c.tokens, c.tokens, c.head_dim, c.element_bytes);
+    append_rows(c.value_cache, c.paging, c.new_value, b, h, c.lengths[b] - c.tokens, c.tokens, c.head_dim_v, c.element_bytes);
   };
   pool.run(append.batch * append.heads, task, const_cast<CacheAppend*>(&append), 64);
 }
