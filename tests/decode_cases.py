@@ -1,4 +1,4 @@
-"""Random calls of `decode_attention`: contiguous and paged caches whose unused part is NaN, lengths of 0 to capacity."""
+"""Random calls of `decode_attention`: contiguous and paged caches, unused parts NaN, lengths of 0 to capacity."""
 
 import math
 import random
