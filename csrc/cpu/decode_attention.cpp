@@ -607,9 +607,11 @@ void append_rows(const View& cache, const Paging& paging, const View& rows, int6
 
 }  // namespace
 
-// Whether a call of `attention` runs faster here.
+// Whether a call of `attention` runs faster here than in tiles whose lanes are queries: where those would be half empty, or
+// too few for the cores.
 bool decode_takes(const Attention& a) {
-  return a.seqlen_q <= 16 && !a.cu_seqlens_q && a.dropout_p == 0. && a.seqlen_q * (a.heads_q / max_of(1, a.heads_kv)) <= 64;
+  if (a.cu_seqlens_q || a.dropout_p > 0. || a.residual.data || a.exact_weights) return false;
+  return a.seqlen_q <= kLanes / 2 || (a.seqlen_q <= 16 && a.batch * a.heads_q < 32 && a.seqlen_k >= 2 * kLeastTaskKeys);
 }
 
 void decode_forward(const Decode& d, const Pool& pool) {

@@ -1,4 +1,4 @@
-"""`decode_attention` against the formula in float64: random calls, the cache, errors, the operators as torch sees them."""
+"""`decode_attention` against the formula in float64: random calls, the cache, errors, its operators in torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache of keys and values: `decode_attention`, its two operators, its table of backends.
+"""Attention of new tokens over a KV cache: `decode_attention`, its two operators, its table of backends.
 
 Writing and reading are operators of their own: `xformer_fast::kv_cache_append_<backend>` changes the caches, and
 `xformer_fast::decode_attention_<backend>` reads them. Neither has a gradient.
@@ -258,17 +258,7 @@ def _in_cache_dtype(call: Call):
 def run_reference(call: Call):
     _check_values(call, 0 if call.new_key is None else call.query.shape[2])
     query, new_key, new_value = _in_cache_dtype(call)
-    names = (
-        "block_table",
-        "window",
-        "rope",
-        "alibi_slopes",
-        "relative_bias",
-        "sinks",
-        "scale",
-        "softcap",
-        "return_lse",
-    )
+    names = "block_table window rope alibi_slopes relative_bias sinks scale softcap return_lse".split()
     return reference.decode_attention(
         query,
         call.key_cache,
@@ -281,7 +271,7 @@ def run_reference(call: Call):
 
 
 def kernel_runner(append: Callable, decode: Callable) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
-    """Runs a checked call on a registered pair of operators; rotation and the bias's vector are composed before them."""
+    """Runs a checked call on a pair of operators; rotation and the bias's vector are composed before them."""
 
     def run(call: Call):
         checks.refuse_forward_ad("decode_attention", call.query, call.key_cache, call.value_cache, call.new_key)
