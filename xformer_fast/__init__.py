@@ -7,6 +7,7 @@ torch.Size([1, 8, 256, 64])
 """
 
 from . import reference
+from .cache import KVCache
 from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DistanceBias",
+    "KVCache",
     "PatchReport",
     "Rope",
     "T5Bias",

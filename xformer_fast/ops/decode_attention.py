@@ -258,7 +258,7 @@ def _in_cache_dtype(call: Call):
 def run_reference(call: Call):
     _check_values(call, 0 if call.new_key is None else call.query.shape[2])
     query, new_key, new_value = _in_cache_dtype(call)
-    names = "block_table window rope alibi_slopes relative_bias sinks scale softcap return_lse".split()
+    names = ("block_table", "window", "rope", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
     return reference.decode_attention(
         query,
         call.key_cache,
@@ -266,6 +266,7 @@ def run_reference(call: Call):
         call.cache_lengths,
         new_key=new_key,
         new_value=new_value,
+        return_lse=call.return_lse,
         **{name: getattr(call, name) for name in names},
     )
 
