@@ -207,7 +207,7 @@ def _check_caches(query, key_cache, value_cache):
     if k[3] < 1 or v[3] < 1:
         raise ValueError(f"key_cache and value_cache must have head_dim >= 1, got {k[3]} and {v[3]}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.stride(3) != 1 and cache.shape[3] > 1:
+        if cache.stride(3) != 1:
             raise ValueError(f"{name} must have a unit last stride, got strides {cache.stride()}")
 
 
