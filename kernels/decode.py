@@ -164,9 +164,8 @@ def kv_cache_append_kernel(
     source = batch.to(tl.int64) * new_key.strides[0] + head * new_key.strides[1] + token * new_key.strides[2]
     row = tl.load(new_key.ptr + source + channels, mask=channels < HEAD_DIM)
     tl.store(key_cache.ptr + rows + head * key_cache.strides[1] + channels, row, mask=channels < HEAD_DIM)
-    rows = _row_of_key(
-        block_table, place, batch, table_row, pages, value_cache.strides[0], value_cache.strides[2], PAGE
-    )
+    strides = value_cache.strides
+    rows = _row_of_key(block_table, place, batch, table_row, pages, strides[0], strides[2], PAGE)
     source = batch.to(tl.int64) * new_value.strides[0] + head * new_value.strides[1] + token * new_value.strides[2]
     row = tl.load(new_value.ptr + source + channels_v, mask=channels_v < HEAD_DIM_V)
     tl.store(value_cache.ptr + rows + head * strides[1] + channels_v, row, mask=channels_v < HEAD_DIM_V)

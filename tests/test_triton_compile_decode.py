@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of decoding to sm_80 and sm_90 machine code, without a GPU; see test_triton_compile.py."""
+"""Compiles the Triton kernels of decoding to sm_80 and sm_90 machine code, as test_triton_compile.py does."""
 
 import contextlib
 import functools

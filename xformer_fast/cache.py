@@ -20,8 +20,9 @@ def _fits_a_prompt(options: dict) -> bool:
 class KVCache:
     """Keys and values of up to `batch` sequences, each with a length of its own, for `decode_attention`.
 
-    Contiguous (the default): every sequence has room for `capacity` keys. Paged (`page_size`): sequences take pages from
-    a pool of `num_pages` as they grow, and give them back when they are freed (Kwon et al., "PagedAttention", 2023).
+    Contiguous (the default): every sequence has room for `capacity` keys. Paged (`page_size`): sequences take pages
+    from a pool of `num_pages` as they grow, and give them back when they are freed (Kwon et al., "PagedAttention",
+    2023).
 
     Args:
         batch: rows, the most sequences at a time. All are in use at first, and empty.
