@@ -5,7 +5,18 @@ import importlib
 
 import pytest
 
-MODULES = ["", ".ops.attention", ".positions", ".information", ".reference", ".dispatch", ".testing", ".build_info"]
+MODULES = [
+    "",
+    ".cache",
+    ".ops.attention",
+    ".ops.decode_attention",
+    ".positions",
+    ".information",
+    ".reference",
+    ".dispatch",
+    ".testing",
+    ".build_info",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,9 +7,11 @@ torch.Size([1, 8, 256, 64])
 """
 
 from . import reference
+from .cache import KVCache
 from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from .ops.decode_attention import decode_attention
 from .positions import DistanceBias, Rope, T5Bias, alibi_slopes
 
 __version__ = "0.1.0"
@@ -17,11 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DistanceBias",
+    "KVCache",
     "PatchReport",
     "Rope",
     "T5Bias",
     "alibi_slopes",
     "attention",
+    "decode_attention",
     "explain",
     "info",
     "patch",

@@ -79,6 +79,24 @@ class Rope:
             for t, positions in ((query, query_positions), (key, key_positions))
         )
 
+    def rotate_tokens(self, query: Tensor, key: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """query (B, Hq, T, D) and key (B, Hkv, T, D), or None, rotated: token t of sequence b stands at first[b] + t.
+
+        Positions given to Rope come first; query_positions serve the keys too unless key_positions are given.
+        """
+        self.check(query.shape[-1])
+        batch, tokens = query.shape[0], query.shape[2]
+        query_positions, key_positions = self.query_positions, self.key_positions
+        if query_positions is None:
+            first = first.long().clamp(min=0)  # a token before position 0 sees no key
+            query_positions = first[:, None] + torch.arange(tokens, device=first.device)
+        key_positions = query_positions if key_positions is None else key_positions
+        self._check_positions("query_positions", query_positions, batch, tokens)
+        if key is not None:
+            self._check_positions("key_positions", key_positions, batch, tokens)
+            key = self._turn(key, key_positions)
+        return self._turn(query, query_positions), key
+
     def check(self, head_dim: int):
         if 2 * self.cos.shape[1] > head_dim:
             raise ValueError(f"rope rotates {2 * self.cos.shape[1]} channels, but head_dim is {head_dim}")

@@ -31,6 +31,7 @@
 //   - Blocks of 64, 128, 512 keys: within noise of 256. One row more in the 1-vector register tile (12 or 16): slower.
 //   - Subtracting the maximum before the multiplication costs one operation in the exponential and keeps masks of -3e38 exact.
 #include "attention_tiles.h"
+#include "decode.h"
 
 namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
@@ -529,7 +530,11 @@ void forward_of(const Attention& a, const Pool& pool) {
 
 }  // namespace
 
+bool decode_takes(const Attention&);
+void decode_forward(const Decode&, const Pool&);
+
 void attention_forward(const Attention& a, const Pool& pool) {
+  if (decode_takes(a)) return decode_forward({a, {}, false}, pool);
   switch (a.element) {
     case Element::float32: return forward_of<float>(a, pool);
     case Element::bfloat16: return forward_of<bfloat16>(a, pool);
