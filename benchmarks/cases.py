@@ -9,10 +9,12 @@ import math
 from typing import Any
 
 from .attention import ATTENTION, sweep_cases
+from .decode_attention import DECODE
 from .op import Op
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
+    "decode_attention": DECODE,
 }
 
 

@@ -7,7 +7,9 @@ import pytest
 
 MODULES = [
     "",
+    ".cache",
     ".ops.attention",
+    ".ops.decode_attention",
     ".ops.rope",
     ".positions",
     ".rope",

@@ -7,9 +7,11 @@ torch.Size([1, 8, 256, 64])
 """
 
 from . import reference
+from .cache import KVCache
 from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from .ops.decode_attention import decode_attention
 from .ops.rope import apply_rope
 from .positions import DistanceBias, T5Bias, alibi_slopes
 from .rope import Rope, rope_frequencies, rope_tables
@@ -19,12 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DistanceBias",
+    "KVCache",
     "PatchReport",
     "Rope",
     "T5Bias",
     "alibi_slopes",
     "apply_rope",
     "attention",
+    "decode_attention",
     "explain",
     "info",
     "patch",

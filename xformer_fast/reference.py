@@ -4,6 +4,8 @@ They are the truth that tests and benchmarks share, and the backend that runs wh
 every score. Half inputs multiply in their own dtype and take the softmax in float32, as eager models do.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,74 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *, alibi_slo
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     lse = torch.cat(lses, 1) if lses else query.new_empty(query.shape[1], 0, dtype=lse_dtype)
     return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    query,
+    key_cache,
+    value_cache,
+    cache_lengths,
+    *,
+    new_key=None,
+    new_value=None,
+    block_table=None,
+    rope=None,
+    alibi_slopes=None,
+    relative_bias=None,
+    return_lse=False,
+    **options,
+):
+    """`attention` of each sequence over its own cached keys, with the arguments of `xformer_fast.decode_attention`."""
+    tokens, capacity = query.shape[2], key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+    appended = 0 if new_key is None else tokens
+    if rope is not None:
+        query, new_key = rope.rotate_tokens(query, new_key, cache_lengths + (appended - tokens), backend="reference")
+    if appended:
+        kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
+    values = None if relative_bias is None else relative_bias.values_for(tokens, capacity)
+    outs, lses = [query.new_empty(0, *query.shape[1:3], value_cache.shape[3])], []
+    for b, length in enumerate((cache_lengths + appended).tolist()):
+        if block_table is None:
+            key, value = key_cache[b, :, :length], value_cache[b, :, :length]
+        else:
+            pages = block_table[b, : -(-length // key_cache.shape[2])].long()
+            key, value = (t[pages].transpose(0, 1).flatten(1, 2)[:, :length] for t in (key_cache, value_cache))
+        out, lse = attention(
+            query[b : b + 1],
+            key[None],
+            value[None],
+            causal=True,
+            alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
+            relative_bias=None if values is None else _Distances(values[:, capacity - length :]),
+            return_lse=True,
+            **options,
+        )
+        outs.append(out)
+        lses.append(lse)
+    out = torch.cat(outs)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return (out, torch.cat(lses) if lses else query.new_empty(query.shape[:3], dtype=lse_dtype)) if return_lse else out
+
+
+@dataclass
+class _Distances:
+    """A bias handed to `attention` as its vector of distances."""
+
+    values: Tensor
+
+    def values_for(self, len_q, len_k, *, top_left=False) -> Tensor:
+        return self.values
+
+
+def kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table=None):
+    """Writes row t of new_key and new_value, (B, Hkv, T, D), to key cache_lengths[b] + t of sequence b."""
+    place = cache_lengths.long()[:, None] + torch.arange(new_key.shape[2], device=new_key.device)  # (B, T)
+    if block_table is None:
+        page = torch.arange(new_key.shape[0], device=new_key.device)[:, None]
+    else:
+        page, place = block_table.long().gather(1, place // key_cache.shape[2]), place % key_cache.shape[2]
+    for cache, new in ((key_cache, new_key), (value_cache, new_value)):
+        cache.transpose(1, 2)[page, place] = new.transpose(1, 2)
 
 
 def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:

@@ -8,6 +8,8 @@ namespace xformer_fast {
 // Keys kept for query i of a sequence: max(0, p_i - left) <= j <= p_i + right, j < key length; p_i = i + shift.
 constexpr int64_t kNoLimit = int64_t(1) << 60;  // left/right without a limit; safe to add to any position
 
+constexpr int64_t kLagPadding = 32;  // at least two vectors: whole vectors of queries are read past either end
+
 struct Attention {
   Element element;  // of query, key, value, out and their gradients: float32, bfloat16 or float16
   int64_t batch, heads_q, heads_kv, head_dim, head_dim_v;
@@ -16,6 +18,8 @@ struct Attention {
   const int64_t* cu_seqlens_k = nullptr;
   const int64_t* key_lengths = nullptr;                   // (batch), 0 <= length <= seqlen_k, or nullptr; never moves p_i
   View query, key, value, out;
+  View residual;                                          // what rounding took from out, in out's type, or nullptr
+  bool exact_weights = false;                             // products with P lose no digits of it, so that residual is exact
   float* lse = nullptr;                                   // log of the softmax denominator, natural log; -inf for an empty row
   int64_t lse_batch = 0, lse_head = 0;                    // strides; rows are adjacent (varlen: offset by cu_seqlens_q)
   const void* mask = nullptr;                             // additive (float types) or boolean (true = attend)
@@ -23,6 +27,10 @@ struct Attention {
   int64_t mask_batch = 0, mask_head = 0, mask_q = 0, mask_k = 0;  // strides, 0 where broadcast
   const float* alibi_slopes = nullptr;                    // adds -slope * |p_i - j|
   int64_t alibi_batch = 0, alibi_head = 0;                // strides
+  const float* distance_bias = nullptr;                   // adds values[head * distance_head + (j - p_i) + distance_offset]
+  int64_t distance_head = 0, distance_offset = 0, distance_count = 0;  // of distance_count numbers a head
+  const float* lag_bias = nullptr;  // the same numbers at [head * lag_head + (p_i - j) + lag_offset], with kLagPadding
+  int64_t lag_head = 0, lag_offset = 0;                   // zeros before and after each head's
   const float* sinks = nullptr;                           // (heads_q): one more logit in every denominator
   float scale = 1.f;
   float softcap = 0.f;                                    // 0: none
@@ -51,6 +59,7 @@ struct AttentionGrad {
   float* grad_mask = nullptr;       // float32, dense over the mask's own (unbroadcast) axes; see grad_mask_* strides
   int64_t grad_mask_batch = 0, grad_mask_head = 0, grad_mask_q = 0, grad_mask_k = 0;  // 0 where the mask broadcasts
   float* grad_alibi_slopes = nullptr;  // float32 (batch, heads_q), always per batch; the launcher sums
+  float* grad_distance = nullptr;      // float32 (heads_q, distance_count)
   float* grad_sinks = nullptr;         // float32 (batch, heads_q), likewise
 };
 

@@ -11,7 +11,8 @@
 //                       head's group. Score tiles are held as in the forward, S^T: rows are keys, lanes are queries.
 //                       The five products are tile products (microkernels.h); only query-side operands are transposed,
 //                       once a block pair. dq of the range is summed in a float32 workspace.
-//   3. gather           dq of the ranges, summed in a fixed order, scaled and rounded; sums for sinks and ALiBi slopes.
+//   3. gather           dq of the ranges, summed in a fixed order, scaled and rounded; sums for sinks, ALiBi slopes and the
+//                       bias of distance, whose gradient every range sums along the diagonals of its own tiles.
 // With one range a head, a task of run 2 does all three for its heads.
 //
 // The number of ranges comes from the shape alone (at most kMaxSplits), so that results have the same bits for any
@@ -22,7 +23,11 @@
 // With AVX512_BF16, bfloat16 operands are multiplied as they are, P and dS rounded to bfloat16; every other type is
 // converted to float32 when packed. All sums are float32, rounded once at the end.
 //
-// Workspace: at most kMaxSplits float32 copies of grad_query, and two floats a query row.
+// out is as rounded as its type. Where sums of dS cancel (a bias shared by many scores, a sink, dropout), delta takes the
+// residual of that rounding along, if the forward has saved it.
+//
+// Workspace: at most kMaxSplits float32 copies of grad_query, and two floats a query row; for a bias of distance, a vector
+// of all distances for every head, batch and range.
 #include "attention_backward_tiles.h"
 
 namespace xformer_fast {
@@ -56,7 +61,8 @@ struct Plan {
   float* neg_lse = nullptr;         // (rows); -inf for a row without keys
   float* delta = nullptr;           // (rows)
   float* grad_query = nullptr;      // (splits, rows, width)
-  float* grad_alibi = nullptr;      // (splits, batch, heads_q)
+  double* grad_alibi = nullptr;     // (splits, batch, heads_q)
+  float* grad_lag = nullptr;        // (splits, batch, heads_q, lag_head), in the order of Attention::lag_bias
 
   int64_t row0(int64_t b, int64_t h) const {
     return a.cu_seqlens_q ? h * a.cu_seqlens_q[a.batch] + a.cu_seqlens_q[b] : (b * a.heads_q + h) * a.seqlen_q;
@@ -101,12 +107,14 @@ void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
     const int count = int(min_of(kLanes, rows.end - i0));
     const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i0);
     const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i0);
+    const T* residual = a.residual.data ? row_of<const T>(a.residual, b, h, a.query_row0(b) + i0) : nullptr;
     Vec dot = zero();  // lane by lane in the order of dP's sum: a row with one key has dP = delta almost to the last bit
     for (int64_t d = 0; d < a.head_dim_v; d += kLanes) {
       const int n = int(min_of(kLanes, a.head_dim_v - d));
       Vec o[kLanes], g[kLanes];
       for (int r = 0; r < kLanes; ++r) {
         o[r] = r < count ? load(out + r * a.out.row + d, n) : zero();
+        if (residual && r < count) o[r] += load(residual + r * a.residual.row + d, n);
         g[r] = r < count ? load(grad + r * p.g.grad_out.row + d, n) : zero();
       }
       transpose(o);
@@ -173,8 +181,10 @@ class KeyBlock {
     const int64_t len = keys.end - keys.begin, group = a_.heads_q / a_.heads_kv;
     const int64_t blocks = max_of(1, (len + p_.block_k - 1) / p_.block_k);
     const int64_t step = round_up((len + blocks - 1) / blocks, kKeyUnit);
-    if (p_.grad_alibi)
-      for (int64_t h = 0; h < group; ++h) grad_alibi(head_kv * group + h) = 0.f;
+    for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
+      if (p_.grad_alibi) grad_alibi(h) = 0.;
+      if (p_.grad_lag) __builtin_memset(grad_lag(h), 0, size_t(a_.lag_head) * sizeof(float));
+    }
     int64_t started = 0;  // rows of dq below it hold a sum already
     for (int64_t j = keys.begin; j < keys.end; j += step) {
       key0_ = j;
@@ -212,7 +222,8 @@ class KeyBlock {
                 j < kept ? sums + j * width : nullptr, scale);
   }
 
-  float& grad_alibi(int64_t head) { return p_.grad_alibi[(split_ * a_.batch + b_) * a_.heads_q + head]; }
+  double& grad_alibi(int64_t head) { return p_.grad_alibi[(split_ * a_.batch + b_) * a_.heads_q + head]; }
+  float* grad_lag(int64_t head) { return p_.grad_lag + ((split_ * a_.batch + b_) * a_.heads_q + head) * a_.lag_head; }
 
   void visit(int64_t head, int64_t q0, bool first) {
     const int64_t rows = min_of(kBlockQ<Op>, a_.len_q(b_) - q0), row0 = p_.row0(b_, head) + q0;
@@ -291,7 +302,7 @@ class KeyBlock {
     if (score_pass_) score_options(scores, segment);
     if (!all_kept(q0, rows, key0_ + j, n, scores.shift)) mask_edges(a_, scores, segment);
     if (out.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, out.dropout);
-    const bool keep_float = p_.grad_alibi || p_.g.grad_mask;
+    const bool keep_float = p_.grad_alibi || p_.grad_lag || p_.g.grad_mask;
     softmax_gradient(out, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
     if (keep_float) auxiliary_gradients(scores, segment, out.factor ? out.factor : out.grad);
   }
@@ -308,6 +319,7 @@ class KeyBlock {
 
   void auxiliary_gradients(const ScoreTile& scores, const Segment& segment, const float* ds) {
     if (p_.grad_alibi) grad_alibi(scores.head) -= distance_sum(ds, scores, segment);
+    if (p_.grad_lag) add_distance_gradient(ds, scores, segment, grad_lag(scores.head) + a_.lag_offset);
     if (const AttentionGrad& g = p_.g; g.grad_mask)
       add_mask_gradient(ds, scores, segment,
                         g.grad_mask + b_ * g.grad_mask_batch + scores.head * g.grad_mask_head +
@@ -381,9 +393,22 @@ void gather(const Plan& p, int64_t b, int64_t h, Range rows) {
     p.g.grad_sinks[b * a.heads_q + h] = sink_gradient(a.sinks[h], p.neg_lse + row0, p.delta + row0, a.len_q(b));
   }
   if (p.grad_alibi) {
-    float sum = 0.f;
+    double sum = 0.;
     for (int64_t s = 0; s < p.splits; ++s) sum += p.grad_alibi[(s * a.batch + b) * a.heads_q + h];
-    p.g.grad_alibi_slopes[b * a.heads_q + h] = sum;
+    p.g.grad_alibi_slopes[b * a.heads_q + h] = float(sum);
+  }
+}
+
+// The gradient of one head's bias of distance: its sums over splits and batch, from the nearest distance on.
+void gather_distance(void* context, int64_t head, char*) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const Attention& a = p.a;
+  float* out = p.g.grad_distance + head * a.distance_count;
+  for (int64_t n = 0; n < a.distance_count; ++n) {
+    const float* part = p.grad_lag + head * a.lag_head + a.lag_offset + a.distance_offset - n;
+    float sum = 0.f;
+    for (int64_t s = 0; s < p.splits * a.batch; ++s) sum += part[s * a.heads_q * a.lag_head];
+    out[n] = sum;
   }
 }
 
@@ -440,12 +465,14 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.neg_lse = floats(p.rows);
   p.delta = floats(p.rows);
   p.grad_query = floats(p.splits * p.rows * p.width);
-  if (g.grad_alibi_slopes) p.grad_alibi = floats(p.splits * a.batch * a.heads_q);
+  if (g.grad_alibi_slopes) p.grad_alibi = reinterpret_cast<double*>(floats(2 * p.splits * a.batch * a.heads_q));
+  if (g.grad_distance) p.grad_lag = floats(p.splits * a.batch * a.heads_q * a.lag_head);
 
   const int64_t chunks = a.batch * a.heads_q * ((a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask);
   if (p.splits > 1) pool.run(chunks, query_rows<row_statistics<T>>, &p, 0);
   pool.run(p.tasks_b * p.tasks_h * p.splits, key_range<T>, &p, KeyBlock<T>::scratch_bytes(p));
   if (p.splits > 1) pool.run(chunks, query_rows<gather<T>>, &p, 0);
+  if (g.grad_distance) pool.run(a.heads_q, gather_distance, &p, 0);
 }
 
 }  // namespace

@@ -148,13 +148,14 @@ XF_INLINE void store_key(const GradientTile<bfloat16>& t, int64_t at, Vec p, Vec
 }
 #endif
 
-template <class Op, bool kDropout, bool kSoftcap>
-XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, bool keep_float,
-                           Vec& p, Vec& ds) {
-  if (kStep<Op> == 2)
-    p = exp2_coarse(load(t.scores + at) * scale + neg_lse);
-  else  // exact as long as the difference is small, however large the score
+template <class Op, bool kDropout, bool kSoftcap, bool kKeepFloat>
+XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, Vec& p, Vec& ds) {
+  if (kStep<Op> == 1)  // exact as long as the difference is small, however large the score
     p = exp2((load(t.scores + at) * scale + neg_lse) * kLog2e);
+  else if (kKeepFloat)
+    p = exp2(load(t.scores + at) * scale + neg_lse);
+  else
+    p = exp2_coarse(load(t.scores + at) * scale + neg_lse);
   Vec grad = load(t.grad + at);
   const Vec kept = kDropout ? load(t.dropout + at) : zero();
   if (kDropout) grad *= kept;
@@ -164,45 +165,54 @@ XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, V
     const Vec factor = load(t.factor + at);
     store(t.factor + at, ds);
     ds *= factor;
-  } else if (kStep<Op> == 2 && keep_float) {
+  } else if (kStep<Op> == 2 && kKeepFloat) {
     store(t.grad + at, ds);
   }
 }
 
-template <class Op, bool kDropout, bool kSoftcap>
+template <class Op, bool kDropout, bool kSoftcap, bool kKeepFloat>
 XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
-                                     const float* neg_lse, const float* delta, bool keep_float) {
+                                     const float* neg_lse, const float* delta) {
   constexpr int64_t ld = kBlockQ<Op>;
+  const auto gradient = gradient_of<Op, kDropout, kSoftcap, kKeepFloat>;
   int64_t j = 0;
   for (; j + 2 <= keys; j += 2)
     for (int64_t l = lane0; l < lane1; l += kLanes) {
       const Vec n = load(neg_lse + l), d = load(delta + l);
       Vec p[2], ds[2];
-      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + l, scale, n, d, keep_float, p[0], ds[0]);
-      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + ld + l, scale, n, d, keep_float, p[1], ds[1]);
+      gradient(t, j * ld + l, scale, n, d, p[0], ds[0]);
+      gradient(t, j * ld + ld + l, scale, n, d, p[1], ds[1]);
       store_two_keys(t, j * ld + l, ld, p, ds);
     }
   if (j < keys)
     for (int64_t l = lane0; l < lane1; l += kLanes) {
       Vec p, ds;
-      gradient_of<Op, kDropout, kSoftcap>(t, j * ld + l, scale, load(neg_lse + l), load(delta + l), keep_float, p, ds);
+      gradient(t, j * ld + l, scale, load(neg_lse + l), load(delta + l), p, ds);
       store_key(t, j * ld + l, p, ds);
     }
 }
 
 // P = exp(scores * scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For
-// bfloat16 the exponential is one of 2: scale and neg_lse come multiplied by log2(e).
+// bfloat16 the exponential is one of 2: scale and neg_lse come multiplied by log2(e). keep_float: dS is kept in float32
+// for sums over many scores, which cancel, so that the coarse exponential would show.
+template <class Op, bool kDropout, bool kSoftcap>
+XF_INLINE void softmax_gradient_with(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
+                                     const float* neg_lse, const float* delta, bool keep_float) {
+  if (keep_float && kStep<Op> == 2)
+    return softmax_gradient_of<Op, kDropout, kSoftcap, true>(t, keys, lane0, lane1, scale, neg_lse, delta);
+  softmax_gradient_of<Op, kDropout, kSoftcap, false>(t, keys, lane0, lane1, scale, neg_lse, delta);
+}
 template <class Op>
 void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
                       const float* neg_lse, const float* delta, bool keep_float) {
   if (t.dropout && t.factor)
-    softmax_gradient_of<Op, true, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, true, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else if (t.dropout)
-    softmax_gradient_of<Op, true, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, true, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else if (t.factor)
-    softmax_gradient_of<Op, false, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, false, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
   else
-    softmax_gradient_of<Op, false, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, false, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
 }
 
 // factor = 1 - (s / softcap)^2 of capped scores.
@@ -239,20 +249,73 @@ XF_NOINLINE float distance_sum(const float* ds, const ScoreTile& tile, const Seg
   return reduce_add(sum);
 }
 
-// grad[i * stride_q + j * stride_k] += ds[j][i]. A stride of 0 sums over that axis.
+// {low's last lane, all of `into` but its last}.
+XF_INLINE Vec shift_in(Vec low, Vec into) {
+#if defined(XF_AVX512)
+  return (Vec)_mm512_alignr_epi32((__m512i)into, (__m512i)low, kLanes - 1);
+#else
+  return __builtin_shuffle(low, into, lane_index() + (kLanes - 1));
+#endif
+}
+
+XF_INLINE void add_to(float* sums, Vec v) { store(sums, load(sums) + v); }
+
+// sums[p_i - j] += ds[j][i]. From key to key the diagonals move by one lane: `open` is the sums of those that the next
+// keys still add to, `done` those that have left it at the top.
+XF_NOINLINE void add_distance_gradient(const float* ds, const ScoreTile& tile, const Segment& segment, float* sums) {
+  for (int v = segment.vector0; v < segment.vector1; ++v) {
+    float* at = sums + tile.query0 + tile.shift - tile.key0 + v * kLanes - segment.row0;
+    Vec open = zero(), done = zero();
+    for (int64_t r = segment.row0, n = 1; r < segment.row1; ++r, ++n, --at) {
+      open += load(ds + r * tile.ld + v * kLanes);
+      done = shift_in(open, done);
+      open = shift_in(zero(), open);
+      if (n == kLanes || r + 1 == segment.row1) {  // lanes of `done` past n are 0
+        add_to(at + kLanes - 1, done);
+        done = zero();
+        n = 0;
+      }
+    }
+    add_to(at, open);
+  }
+}
+
+// grad[i * stride_q + j * stride_k] += ds[j][i]. A stride of 0 sums over that axis: within the segment first, so that no
+// long chain of additions loses digits.
 XF_NOINLINE void add_mask_gradient(const float* ds, const ScoreTile& tile, const Segment& segment, float* grad,
                                    int64_t stride_q, int64_t stride_k) {
+  if (stride_q == 0) {
+    float all = 0.f;
+    for (int64_t r = segment.row0; r < segment.row1; ++r) {
+      Vec sum = zero();
+      for (int v = segment.vector0; v < segment.vector1; ++v) sum += load(ds + r * tile.ld + v * kLanes);
+      const float of_key = reduce_add(sum);
+      if (stride_k != 0) grad[r * stride_k] += of_key;
+      all += of_key;
+    }
+    if (stride_k == 0) grad[0] += all;
+    return;
+  }
   for (int v = segment.vector0; v < segment.vector1; ++v) {
     const int lanes = int(min_of(kLanes, tile.queries - v * kLanes));
+    if (stride_k == 0) {
+      Vec sum = zero();
+      for (int64_t r = segment.row0; r < segment.row1; ++r) sum += load(ds + r * tile.ld + v * kLanes);
+      for (int i = 0; i < lanes; ++i) grad[(v * kLanes + i) * stride_q] += sum[i];
+      continue;
+    }
     for (int64_t r = segment.row0; r < segment.row1; r += kLanes) {
       const int keys = int(min_of(kLanes, segment.row1 - r));
       const float* in = ds + r * tile.ld + v * kLanes;
       float* out = grad + v * kLanes * stride_q + r * stride_k;
-      if (stride_q != 0 && stride_k == 1) {
+      if (stride_k == 1) {
         Vec rows[kLanes];
-        for (int k = 0; k < kLanes; ++k) rows[k] = k < keys ? load(in + k * tile.ld) : zero();
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) rows[k] = load(in + min_of(k, keys - 1) * tile.ld);
         transpose(rows);
-        for (int i = 0; i < lanes; ++i) store(out + i * stride_q, load(out + i * stride_q, keys) + rows[i], keys);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          if (i < lanes) store(out + i * stride_q, load(out + i * stride_q, keys) + rows[i], keys);
       } else {
         for (int k = 0; k < keys; ++k)
           for (int i = 0; i < lanes; ++i) out[i * stride_q + k * stride_k] += in[k * tile.ld + i];
@@ -263,13 +326,13 @@ XF_NOINLINE void add_mask_gradient(const float* ds, const ScoreTile& tile, const
 
 // -sum_i exp(sink - lse_i) * delta_i; the sink takes part in lse, so that the exponent is never above 0.
 XF_NOINLINE float sink_gradient(float sink, const float* neg_lse, const float* delta, int64_t rows) {
-  Vec sum = zero();
+  double sum = 0.;
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int n = int(min_of(kLanes, rows - i));
     const Vec p = exp2(minimum(load(neg_lse + i, n) + sink, zero()) * kLog2e);
-    sum += p * load(delta + i, n);
+    sum += double(reduce_add(p * load(delta + i, n)));
   }
-  return -reduce_add(sum);
+  return float(-sum);
 }
 
 }  // namespace

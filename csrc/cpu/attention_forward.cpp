@@ -31,6 +31,7 @@
 //   - Blocks of 64, 128, 512 keys: within noise of 256. One row more in the 1-vector register tile (12 or 16): slower.
 //   - Subtracting the maximum before the multiplication costs one operation in the exponential and keeps masks of -3e38 exact.
 #include "attention_tiles.h"
+#include "decode.h"
 
 namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
@@ -48,12 +49,14 @@ template <class T> struct ProductOf { typedef float Type; };
 template <> struct ProductOf<bfloat16> { typedef bfloat16 Type; };
 #endif
 template <class C> constexpr int kPair = sizeof(float) / sizeof(C);  // reduction steps that one multiply-add takes
+template <class C> constexpr int kStatistics = 1 + kPair<C>;           // floats a query: maximum and sums
 
 struct Plan {
   const Attention* attention;
   int64_t tiles_per_task, tasks_per_kv_head;
   bool copy_key, copy_value;
-  int64_t key_copy_bytes;
+  int64_t key_copy_bytes, score_bytes;
+  bool split_weights;       // P^T is multiplied as two bfloat16, so that out is exact before it is rounded
   bool edges, options;      // some keys are out of some query's sight; some pass changes the scores
   float query_scale;        // the scale is applied here, to Q^T,
   float unapplied_scale;    // or here, by the first pass over the scores,
@@ -79,7 +82,8 @@ struct QueryTile {
   char* query;       // Q^T
   float* out;        // O^T [Dv][vectors * kLanes]
   float* max;        // running maximum of the scores, -inf before the first
-  float* sum;        // sum of exp(score - max)
+  float* sum;        // sum of exp(score - max), as rounded for the product with V: what divides O^T
+  float* exact_sum;  // the same before rounding: what lse and so the backward need; `sum` itself where nothing is rounded
 };
 
 // ---- softmax of a score tile ----
@@ -117,26 +121,48 @@ XF_NOINLINE void exponentials(float* scores, int64_t ld, int64_t rows, const flo
 
 #if defined(XF_BF16_DOT)
 // The same into bfloat16 pairs of rows, [row / 2][lane][2]; a last odd row is paired with zeros. `pairs` may be the rows
-// before `scores` in the same tile: pair r is written after rows 2r and 2r + 1 are read.
-template <int V>
+// before `scores` in the same tile: pair r is written after rows 2r and 2r + 1 are read. With kSplit, `low_pairs` takes
+// what rounding to `pairs` leaves, exponentials are exact, and there is one sum.
+template <int V, bool kSplit>
 XF_NOINLINE void exponentials_pairs(const float* scores, int64_t ld, int64_t rows, const float* max, float factor,
-                                    bfloat16* pairs, float* sum) {
+                                    bfloat16* pairs, float* sum, float* exact_sum, bfloat16* low_pairs) {
   const UVec ones = broadcast_bits(0x3f803f80u);
-  Vec m[V], l[V];
+  Vec m[V], l[V], exact[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = zero();
-  for (int64_t r = 0; r < rows; r += 2, scores += 2 * ld, pairs += 2 * ld) {
+  for (int v = 0; v < V; ++v) m[v] = load(max + v * kLanes), l[v] = zero(), exact[v] = zero();
+  const auto exponential = [](Vec x) __attribute__((always_inline)) { return kSplit ? exp2(x) : exp2_coarse(x); };
+  for (int64_t r = 0; r < rows; r += 2, scores += 2 * ld, pairs += 2 * ld, low_pairs += kSplit ? 2 * ld : 0) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec even = exp2_coarse((load(scores + v * kLanes) - m[v]) * factor);
-      const Vec odd = r + 1 < rows ? exp2_coarse((load(scores + ld + v * kLanes) - m[v]) * factor) : zero();
+      const Vec even = exponential((load(scores + v * kLanes) - m[v]) * factor);
+      const Vec odd = r + 1 < rows ? exponential((load(scores + ld + v * kLanes) - m[v]) * factor) : zero();
       const UVec p = to_bf16_pairs(even, odd);
-      l[v] = _mm512_dpbf16_ps(l[v], (__m512bh)p, (__m512bh)ones);
+      if (kSplit) {
+        const UVec low = to_bf16_pairs(even - (Vec)(p << 16), odd - (Vec)(p & 0xffff0000u));
+        __builtin_memcpy(low_pairs + 2 * v * kLanes, &low, sizeof low);
+      } else {
+        l[v] = _mm512_dpbf16_ps(l[v], (__m512bh)p, (__m512bh)ones);
+      }
+      exact[v] += even + odd;
       __builtin_memcpy(pairs + 2 * v * kLanes, &p, sizeof p);
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + l[v]);
+  for (int v = 0; v < V; ++v) {
+    if (!kSplit) store(sum + v * kLanes, load(sum + v * kLanes) + l[v]);
+    store(exact_sum + v * kLanes, load(exact_sum + v * kLanes) + exact[v]);
+  }
+}
+
+template <bool kSplit>
+XF_INLINE void exponentials_pairs(int vectors, const float* scores, int64_t ld, int64_t rows, const float* max, float factor,
+                                  bfloat16* pairs, float* sum, float* exact_sum, bfloat16* low_pairs) {
+  switch (vectors) {
+    case 1: return exponentials_pairs<1, kSplit>(scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
+    case 2: return exponentials_pairs<2, kSplit>(scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
+    case 3: return exponentials_pairs<3, kSplit>(scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
+    default: return exponentials_pairs<4, kSplit>(scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
+  }
 }
 
 XF_NOINLINE void apply_dropout_pairs(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment) {
@@ -165,16 +191,14 @@ XF_INLINE void row_maximum(int vectors, const float* scores, int64_t ld, int64_t
 
 // Probabilities of a tile, in place, in the form that the product with V takes.
 template <class C>
-XF_INLINE void exponentials(int vectors, float* scores, int64_t ld, int64_t rows, const float* max, float factor, float* sum) {
+XF_INLINE void exponentials(int vectors, float* scores, int64_t ld, int64_t rows, const float* max, float factor, float* sum,
+                            [[maybe_unused]] float* exact_sum, [[maybe_unused]] float* low) {
 #if defined(XF_BF16_DOT)
   if constexpr (kPair<C> == 2) {
     bfloat16* pairs = reinterpret_cast<bfloat16*>(scores);
-    switch (vectors) {
-      case 1: return exponentials_pairs<1>(scores, ld, rows, max, factor, pairs, sum);
-      case 2: return exponentials_pairs<2>(scores, ld, rows, max, factor, pairs, sum);
-      case 3: return exponentials_pairs<3>(scores, ld, rows, max, factor, pairs, sum);
-      default: return exponentials_pairs<4>(scores, ld, rows, max, factor, pairs, sum);
-    }
+    bfloat16* low_pairs = reinterpret_cast<bfloat16*>(low);
+    if (low) return exponentials_pairs<true>(vectors, scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
+    return exponentials_pairs<false>(vectors, scores, ld, rows, max, factor, pairs, sum, exact_sum, low_pairs);
   }
 #endif
   switch (vectors) {
@@ -185,16 +209,18 @@ XF_INLINE void exponentials(int vectors, float* scores, int64_t ld, int64_t rows
   }
 }
 
-// The running maximum moves from `old` to `max`: sum is rescaled, by the factor that O^T needs too (alpha), and max becomes
+// The running maximum moves from `old` to `max`: sums are rescaled, by the factor that O^T needs too (alpha), and max becomes
 // what the exponential subtracts, 0 where every score so far is -inf.
-XF_INLINE void move_maximum(int vectors, float unit, float* old, float* max, float* alpha, float* sum) {
-  for (int v = 0; v < vectors; ++v, old += kLanes, max += kLanes, alpha += kLanes, sum += kLanes) {
+XF_INLINE void move_maximum(int vectors, float unit, float* old, float* max, float* alpha, float* sum, float* exact_sum) {
+  const bool two_sums = exact_sum != sum;
+  for (int v = 0; v < vectors; ++v, old += kLanes, max += kLanes, alpha += kLanes, sum += kLanes, exact_sum += kLanes) {
     const Vec m = load(max), finite = m == -kInfinity ? zero() : m;
     const Vec ratio = exp2((load(old) - finite) * unit);
     store(old, m);
     store(max, finite);
     store(alpha, ratio);
     store(sum, load(sum) * ratio);
+    if (two_sums) store(exact_sum, load(exact_sum) * ratio);
   }
 }
 
@@ -235,14 +261,18 @@ void attend_column(const Plan& plan, QueryTile& q, int vector0, int vector1, con
   for (int v = 0; v < vectors; ++v) store(max + v * kLanes, load(q.max + lane0 + v * kLanes));
   row_maximum(vectors, scores, ld, rows, max);
   const float unit = plan.score_unit * kLog2e;
-  move_maximum(vectors, unit, q.max + lane0, max, alpha, q.sum + lane0);
-  exponentials<C>(vectors, scores, ld, rows, max, unit, q.sum + lane0);
+  move_maximum(vectors, unit, q.max + lane0, max, alpha, q.sum + lane0, q.exact_sum + lane0);
+  float* low = plan.split_weights ? scores + kBlockKeys * kTileQueries : nullptr;
+  exponentials<C>(vectors, scores, ld, rows, max, unit, q.sum + lane0, q.exact_sum + lane0, low);
   if (a.dropout_p > 0.f) {
     const DropoutKeep dropout(a, b, q.head);
 #if defined(XF_BF16_DOT)
-    if constexpr (kPair<C> == 2)
+    if constexpr (kPair<C> == 2) {
       apply_dropout_pairs(dropout, tile, all);
-    else
+      ScoreTile low_tile = tile;
+      low_tile.scores = low;
+      if (low) apply_dropout_pairs(dropout, low_tile, all);
+    } else
 #endif
       apply_dropout(dropout, tile, all);
   }
@@ -256,6 +286,9 @@ void attend_column(const Plan& plan, QueryTile& q, int vector0, int vector1, con
   tile_product(a.head_dim_v, vectors, (rows + kPair<C> - 1) / kPair<C>, block.value, kPair<C>, block.value_ld,
                reinterpret_cast<const C*>(scores), ld * kPair<C>, out, tile_ld, started ? Start::rescale : Start::overwrite, alpha,
                for_next);
+  if (low)
+    tile_product(a.head_dim_v, vectors, (rows + kPair<C> - 1) / kPair<C>, block.value, kPair<C>, block.value_ld,
+                 reinterpret_cast<const C*>(low), ld * kPair<C>, out, tile_ld, Start::accumulate);
 }
 
 template <class C>
@@ -293,21 +326,27 @@ void finish_tile(const Plan& plan, QueryTile& q, int64_t b) {
   for (int v = 0; v < q.vectors; ++v)
     if (!(q.started >> v & 1)) clear(q.out + v * kLanes, q.vectors * kLanes, a.head_dim_v, 1);
   for (int v = 0; v < q.vectors; ++v) {
-    Vec max = load(q.max + v * kLanes) * plan.score_unit, sum = load(q.sum + v * kLanes), ratio = broadcast(1.f);
+    Vec max = load(q.max + v * kLanes) * plan.score_unit, ratio = broadcast(1.f);
+    Vec sum = load(q.sum + v * kLanes), exact = load(q.exact_sum + v * kLanes);
     if (a.sinks) {
       const Vec sink = broadcast(a.sinks[q.head]), larger = maximum(max, sink);
       const Vec finite = larger == -kInfinity ? zero() : larger;
+      const Vec of_sink = exp2((sink - finite) * kLog2e);
       ratio = exp2((max - finite) * kLog2e);
-      sum = sum * ratio + exp2((sink - finite) * kLog2e);
+      sum = sum * ratio + of_sink;
+      exact = exact * ratio + of_sink;
       max = larger;
     }
     store(factor + v * kLanes, sum == 0.f ? zero() : ratio * keep / sum);
     if (lse) {
       const int n = int(min_of(kLanes, q.queries - v * kLanes));
-      store(lse + v * kLanes, max + log(sum), n);
+      store(lse + v * kLanes, max + log(exact), n);
     }
   }
   store_transposed(q.out, q.vectors * kLanes, q.queries, a.head_dim_v, factor, rows_of<T>(a, a.out, b, q), a.out.row);
+  if (a.residual.data)
+    store_transposed<T, true>(q.out, q.vectors * kLanes, q.queries, a.head_dim_v, factor, rows_of<T>(a, a.residual, b, q),
+                              a.residual.row);
 }
 
 template <class T>
@@ -395,10 +434,12 @@ void place_tiles(const Plan& plan, int64_t task, Job& job, char*& scratch) {
     q.out = reinterpret_cast<float*>(q.query + bytes * a.head_dim);
     q.max = q.out + q.vectors * kLanes * a.head_dim_v;
     q.sum = q.max + q.vectors * kLanes;
-    scratch += bytes * (a.head_dim + a.head_dim_v + 2);
+    q.exact_sum = kPair<C> == 2 && !plan.split_weights ? q.sum + q.vectors * kLanes : q.sum;
+    scratch += bytes * (a.head_dim + a.head_dim_v + kStatistics<C>);
     for (int v = 0; v < q.vectors; ++v) {
       store(q.max + v * kLanes, broadcast(-kInfinity));
       store(q.sum + v * kLanes, zero());
+      store(q.exact_sum + v * kLanes, zero());
       const int64_t position = q.query0 + v * kLanes + job.shift;
       const int64_t last_position = position + min_of(kLanes, q.queries - v * kLanes) - 1;
       q.keys[v] = key_range(a, position, last_position, job.limit, kPair<C>);
@@ -416,7 +457,7 @@ void attend_task(void* context, int64_t task, char* scratch) {
   const Plan& plan = *static_cast<const Plan*>(context);
   const Attention& a = *plan.attention;
   float* scores = reinterpret_cast<float*>(scratch);
-  scratch += kBlockKeys * kTileQueries * sizeof(float);
+  scratch += plan.score_bytes;
   Job job;
   place_tiles<C>(plan, task, job, scratch);
   QueryTile* const end = job.tiles + job.count;
@@ -467,6 +508,8 @@ void forward_of(const Attention& a, const Pool& pool) {
   plan.key_copy_bytes = plan.copy_key ? round_up(kBlockKeys * round_up(a.head_dim, 2) * sizeof(C), 64) : 0;
   // V is read down its columns: rows a power of two apart would share a few cache sets.
   plan.copy_value = pairs || !in_place || a.value.row * sizeof(T) % 2048 == 0;
+  plan.split_weights = pairs && a.exact_weights;
+  plan.score_bytes = (plan.split_weights ? 2 : 1) * kBlockKeys * kTileQueries * int64_t(sizeof(float));
   plan.edges = a.left != kNoLimit || a.right != kNoLimit;
   const bool in_exponential = pairs && a.scale > 0.f && !has_score_options(a);  // bfloat16 Q^T stays exact
   plan.query_scale = pairs ? 1.f : a.scale;
@@ -474,20 +517,24 @@ void forward_of(const Attention& a, const Pool& pool) {
   plan.score_unit = in_exponential ? a.scale : 1.f;
   plan.options = has_score_options(a) || plan.unapplied_scale != 1.f;
 
-  const int64_t tile_bytes = (a.head_dim + a.head_dim_v + 2) * kTileQueries * sizeof(float);
+  const int64_t tile_bytes = (a.head_dim + a.head_dim_v + kStatistics<C>) * kTileQueries * sizeof(float);
   int64_t per_task = min_of(kv_heads * tiles / kEnoughTasks, min_of(kMaxTiles, kTileBytesPerTask / tile_bytes));
   per_task = max_of(1, min_of(per_task, tiles));
   plan.tasks_per_kv_head = (tiles + per_task - 1) / per_task;
   plan.tiles_per_task = (tiles + plan.tasks_per_kv_head - 1) / plan.tasks_per_kv_head;
 
-  const int64_t scratch = kBlockKeys * kTileQueries * sizeof(float) + plan.tiles_per_task * tile_bytes +
+  const int64_t scratch = plan.score_bytes + plan.tiles_per_task * tile_bytes +
                           plan.key_copy_bytes + (plan.copy_value ? kBlockKeys * a.head_dim_v * sizeof(C) : 0);
   pool.run(plan.tasks_per_kv_head * kv_heads, attend_task<T>, &plan, size_t(scratch));
 }
 
 }  // namespace
 
+bool decode_takes(const Attention&);
+void decode_forward(const Decode&, const Pool&);
+
 void attention_forward(const Attention& a, const Pool& pool) {
+  if (decode_takes(a)) return decode_forward({a, {}, false}, pool);
   switch (a.element) {
     case Element::float32: return forward_of<float>(a, pool);
     case Element::bfloat16: return forward_of<bfloat16>(a, pool);

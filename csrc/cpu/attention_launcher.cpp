@@ -3,13 +3,15 @@
 #include "attention.h"
 #include "launch.h"
 
+#include <algorithm>
+
 namespace xformer_fast {
 namespace {
 
 enum Causal : int64_t { kNotCausal = 0, kBottomRight = 1, kTopLeft = 2 };
 
 struct Options {
-  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed;
+  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed;
   int64_t max_seqlen_q, max_seqlen_k;
   double scale, softcap, dropout_p;
   int64_t causal, window_left, window_right;
@@ -39,6 +41,7 @@ struct Prepared {
   Attention a{};
   Tensor query, key, value;
   std::vector<int64_t> cu_q, cu_k, lengths;
+  std::vector<float> lag_bias;
 
   Prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
       : query(with_unit_rows(q)), key(with_unit_rows(k)), value(with_unit_rows(v)) {
@@ -84,6 +87,7 @@ struct Prepared {
       a.alibi_batch = o.alibi_slopes->dim() == 2 ? o.alibi_slopes->stride(0) : 0;
       a.alibi_head = o.alibi_slopes->stride(-1);
     }
+    if (o.distance_bias) set_distance_bias(*o.distance_bias, o);
     if (o.sinks) {
       STD_TORCH_CHECK(o.sinks->is_contiguous(), "xformer_fast: sinks must be contiguous");
       a.sinks = float_data(*o.sinks, "sinks");
@@ -99,8 +103,25 @@ struct Prepared {
     if (o.causal != kNotCausal && a.right > 0) a.right = 0;
   }
 
-  void set_results(const Tensor& out, const Tensor& lse) {
+  void set_distance_bias(const Tensor& bias, const Options& o) {
+    STD_TORCH_CHECK(bias.is_contiguous(), "xformer_fast: distance_bias must be contiguous");
+    const int64_t count = std::max<int64_t>(o.max_seqlen_q + o.max_seqlen_k - 1, 0);
+    STD_TORCH_CHECK(bias.size(1) == count, "xformer_fast: distance_bias must have ", count, " columns");
+    a.distance_bias = float_data(bias, "distance_bias");
+    a.distance_head = a.distance_count = count;
+    a.distance_offset = (o.causal == kTopLeft ? o.max_seqlen_q : o.max_seqlen_k) - 1;
+    a.lag_head = count + 2 * kLagPadding;
+    a.lag_offset = kLagPadding + count - 1 - a.distance_offset;
+    lag_bias.assign(static_cast<size_t>(a.heads_q * a.lag_head), 0.f);
+    for (int64_t h = 0; h < a.heads_q; ++h)
+      std::reverse_copy(a.distance_bias + h * count, a.distance_bias + (h + 1) * count,
+                        lag_bias.begin() + h * a.lag_head + kLagPadding);
+    a.lag_bias = lag_bias.data();
+  }
+
+  void set_results(const Tensor& out, const Tensor& lse, const Tensor& residual) {
     a.out = view_of(out);
+    if (residual.numel() > 0) a.residual = view_of(residual);
     a.lse = static_cast<float*>(lse.data_ptr());
     a.lse_batch = lse.dim() == 2 ? 0 : lse.stride(0);
     a.lse_head = lse.stride(lse.dim() - 2);
@@ -112,34 +133,37 @@ struct Prepared {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
                                    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
-                                   OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                   OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                    double softcap, double dropout_p, int64_t causal, int64_t window_left,
-                                   int64_t window_right) {
+                                   int64_t window_right, bool save_residual, bool exact_weights) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
               causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
                    ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
                    : torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  save_residual = save_residual && query.scalar_type() != ScalarType::Float;
+  Tensor residual = save_residual ? empty_in_order_of(query, p.a.head_dim_v) : torch::stable::new_empty(query, {0});
   if (lse.numel() > 0) {
-    p.set_results(out, lse);
+    p.set_results(out, lse, residual);
+    p.a.exact_weights = exact_weights;
     Call call(p.work());
     XF_KERNELS(attention_kernels).forward(p.a, call.pool());
   }
-  return {out, lse};
+  return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor residual,
     OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+    OptionalTensor alibi_slopes, OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
     double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
-    bool need_alibi_grad, bool need_sinks_grad) {
+    bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
               causal, window_left, window_right});
   const Attention& a = p.a;
   Tensor d_query = empty_in_order_of(query, a.head_dim);
@@ -150,14 +174,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                                             ScalarType::Float)
                                  : none();
   Tensor d_alibi = need_alibi_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
+  Tensor d_distance =
+      need_distance_grad ? torch::stable::new_empty(query, {a.heads_q, a.distance_count}, ScalarType::Float) : none();
   Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
   if (lse.numel() == 0) {  // no query: nothing flows back
-    for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_sinks}) torch::stable::zero_(*t);
+    for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_distance, &d_sinks}) torch::stable::zero_(*t);
   } else {
     const Tensor go = with_unit_rows(grad_out);
     const Tensor o = with_unit_rows(out);
     const Tensor l = torch::stable::contiguous(lse);
-    p.set_results(o, l);
+    const Tensor e = with_unit_rows(residual);
+    p.set_results(o, l, e);
     OptionalTensor gl;
     if (grad_lse) gl = torch::stable::contiguous(*grad_lse);
     AttentionGrad g{};
@@ -172,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       g.grad_mask_batch = stride(0), g.grad_mask_head = stride(1), g.grad_mask_q = stride(2), g.grad_mask_k = stride(3);
     }
     if (need_alibi_grad) g.grad_alibi_slopes = static_cast<float*>(d_alibi.data_ptr());
+    if (need_distance_grad) g.grad_distance = static_cast<float*>(d_distance.data_ptr());
     if (need_sinks_grad) g.grad_sinks = static_cast<float*>(d_sinks.data_ptr());
     Call call(2.5 * p.work());
     XF_KERNELS(attention_kernels).backward(a, g, call.pool());
@@ -180,24 +208,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const std::vector<int64_t> batch_axis{0};
   if (need_alibi_grad && alibi_slopes->dim() == 1) d_alibi = torch::stable::sum(d_alibi, batch_axis);
   if (need_sinks_grad) d_sinks = torch::stable::sum(d_sinks, batch_axis);
-  return {d_query, d_key, d_value, d_mask, d_alibi, d_sinks};
+  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks};
 }
 
 #define XFORMER_FAST_ATTENTION_OPTIONS                                                                                    \
-  "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, "  \
-  "Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, "         \
+  "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "                 \
+  "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, "         \
   "int causal, SymInt window_left, SymInt window_right"
 
 }  // namespace
 }  // namespace xformer_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
-  m.def("attention_cpu(Tensor query, Tensor key, Tensor value, " XFORMER_FAST_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("attention_cpu(Tensor query, Tensor key, Tensor value, " XFORMER_FAST_ATTENTION_OPTIONS
+        ", bool save_residual, bool exact_weights) -> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_cpu_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, " XFORMER_FAST_ATTENTION_OPTIONS
-      ", bool need_mask_grad, bool need_alibi_grad, bool need_sinks_grad) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor lse, Tensor residual, " XFORMER_FAST_ATTENTION_OPTIONS
+      ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xformer_fast, CPU, m) {

@@ -6,7 +6,7 @@
 // read the mask for them. A query vector is kLanes adjacent queries; a segment is a rectangle of rows x query vectors.
 //
 //   mask_edges                -inf where window, causality or both cross a segment
-//   apply_scale, apply_softcap, apply_alibi, apply_mask, apply_options (all that are active, in the contract's order)
+//   apply_scale, apply_softcap, apply_alibi, apply_distance_bias, apply_mask, apply_options (all that are active, in order)
 //   DropoutKeep               the Philox keep bits of four adjacent keys x one query vector
 //   pack_transposed[_pairs]   rows of a tensor -> [column][lane] (float32, or bfloat16 pairs of columns)
 //   store_transposed          the inverse, with a factor a lane
@@ -111,44 +111,65 @@ XF_INLINE float scalar(const float* p) { return *p; }
 template <class M>
 XF_INLINE float scalar(const M* p) { return load(p, 1)[0]; }
 
-// The mask of `keys` keys x `lanes` queries at p, one vector a key; lanes and rows past them are 0.
 template <class M>
-XF_INLINE void load_mask(const M* p, int64_t stride_q, int64_t stride_k, int keys, int lanes, Vec (&bias)[kLanes]) {
-  if (stride_q == 0) {
-    for (int k = 0; k < keys; ++k) bias[k] = broadcast(scalar(p + k * stride_k));
-  } else if (stride_q == 1) {
-    for (int k = 0; k < keys; ++k) bias[k] = lanes == kLanes ? load(p + k * stride_k) : load(p + k * stride_k, lanes);
-  } else if (stride_k == 1) {
-    for (int i = 0; i < kLanes; ++i)
-      bias[i] = i >= lanes ? zero() : keys == kLanes ? load(p + i * stride_q) : load(p + i * stride_q, keys);
-    transpose(bias);
-  } else {
-    for (int k = 0; k < keys; ++k) {
-      float row[kLanes];
-      for (int i = 0; i < kLanes; ++i) row[i] = i < lanes ? scalar(p + i * stride_q + k * stride_k) : 0.f;
-      bias[k] = load(row);
-    }
-  }
+XF_INLINE Vec with_mask(Vec s, Vec bias) {
+  return sizeof(M) == 1 ? (bias == 0.f ? s : bias) : s + bias;
 }
 
+// Sixteen queries (or as many as a vector has) whose mask rows lie apart, their keys side by side: through a transpose.
+// Its parts are of constant size, or the vectors would be held on the stack.
+template <class M>
+XF_INLINE void apply_mask_rows(const M* mask, int64_t stride_q, int keys, int lanes, float* s, int64_t ld, float scale) {
+  Vec bias[kLanes];
+  if (keys == kLanes && lanes == kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) bias[i] = load(mask + i * stride_q);
+  } else {
+    const M* last = mask + (lanes - 1) * stride_q;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) bias[i] = load(i < lanes ? mask + i * stride_q : last, keys);
+  }
+  transpose(bias);
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k)
+    if (k < keys) store(s + k * ld, with_mask<M>(load(s + k * ld) * scale, bias[k]));
+}
+
+// Lanes past the last query may be given anything but NaN and +inf; they never read the mask.
 template <class M>
 XF_NOINLINE void apply_mask_of(const Attention& a, const ScoreTile& tile, const Segment& segment, float scale) {
   const M* mask = static_cast<const M*>(a.mask) + tile.batch * a.mask_batch + tile.head * a.mask_head +
                   tile.query0 * a.mask_q + tile.key0 * a.mask_k;
-  Vec bias[kLanes];
+  if (a.mask_q == 0) {
+    for (int64_t r = segment.row0; r < segment.row1; ++r) {
+      const Vec bias = broadcast(scalar(mask + r * a.mask_k));
+      for (int v = segment.vector0; v < segment.vector1; ++v) {
+        float* s = tile.scores + r * tile.ld + v * kLanes;
+        store(s, with_mask<M>(load(s) * scale, bias));
+      }
+    }
+    return;
+  }
   for (int v = segment.vector0; v < segment.vector1; ++v) {
     const int lanes = int(min_of(kLanes, tile.queries - v * kLanes));
-    for (int64_t r = segment.row0; r < segment.row1; r += kLanes) {
-      const int keys = int(min_of(kLanes, segment.row1 - r));
-      load_mask(mask + v * kLanes * a.mask_q + r * a.mask_k, a.mask_q, a.mask_k, keys, lanes, bias);
-      float* s = tile.scores + r * tile.ld + v * kLanes;
-      for (int k = 0; k < keys; ++k, s += tile.ld) {
-        const Vec scaled = load(s) * scale;
-        if constexpr (sizeof(M) == 1)
-          store(s, bias[k] == 0.f ? scaled : bias[k]);
-        else
-          store(s, scaled + bias[k]);
+    const M* column = mask + v * kLanes * a.mask_q;
+    float* s = tile.scores + v * kLanes;
+    if (a.mask_k == 1) {
+      for (int64_t r = segment.row0; r < segment.row1; r += kLanes)
+        apply_mask_rows(column + r, a.mask_q, int(min_of(kLanes, segment.row1 - r)), lanes, s + r * tile.ld, tile.ld, scale);
+      continue;
+    }
+    for (int64_t r = segment.row0; r < segment.row1; ++r) {
+      const M* row = column + r * a.mask_k;
+      Vec bias;
+      if (a.mask_q == 1) {
+        bias = lanes == kLanes ? load(row) : load(row, lanes);
+      } else {
+        float gathered[kLanes];
+        for (int i = 0; i < kLanes; ++i) gathered[i] = i < lanes ? scalar(row + i * a.mask_q) : 0.f;
+        bias = load(gathered);
       }
+      store(s + r * tile.ld, with_mask<M>(load(s + r * tile.ld) * scale, bias));
     }
   }
 }
@@ -162,15 +183,30 @@ inline void apply_mask(const Attention& a, const ScoreTile& tile, const Segment&
   }
 }
 
-inline bool has_score_options(const Attention& a) { return a.softcap != 0.f || a.alibi_slopes || a.mask; }
+// Where a head's bias of distance begins for the tile: query lane l of row r finds its number at [l - r].
+XF_INLINE int64_t lag_of(const Attention& a, const ScoreTile& tile) {
+  return tile.query0 + tile.shift - tile.key0 + a.lag_offset;
+}
 
-// scores * scale, softcap, ALiBi, mask. The first pass that runs takes the scale along (1 if the scores have it already).
+XF_NOINLINE void apply_distance_bias(const Attention& a, const ScoreTile& tile, const Segment& segment, float scale) {
+  const float* bias = a.lag_bias + tile.head * a.lag_head + lag_of(a, tile);
+  for_each_score(tile, segment, [=](Vec s, int64_t r, int v) __attribute__((always_inline)) {
+    return s * scale + load(bias + v * kLanes - r);
+  });
+}
+
+inline bool has_score_options(const Attention& a) {
+  return a.softcap != 0.f || a.alibi_slopes || a.lag_bias || a.mask;
+}
+
+// scores * scale, softcap, ALiBi, bias of distance, mask. The first pass that runs takes the scale along (1 if the scores have it already).
 inline void apply_options(const Attention& a, const ScoreTile& tile, const Segment& segment, float scale) {
   if (a.softcap != 0.f) apply_softcap(tile, segment, scale, a.softcap), scale = 1.f;
   if (a.alibi_slopes) {
     apply_alibi(tile, segment, scale, a.alibi_slopes[tile.batch * a.alibi_batch + tile.head * a.alibi_head]);
     scale = 1.f;
   }
+  if (a.lag_bias) apply_distance_bias(a, tile, segment, scale), scale = 1.f;
   if (a.mask) apply_mask(a, tile, segment, scale), scale = 1.f;
   if (scale != 1.f) apply_scale(tile, segment, scale);
 }
@@ -259,8 +295,16 @@ XF_NOINLINE void pack_transposed(const T* in, int64_t stride, int64_t rows, int6
   }
 }
 
-// out[lane][column] = factor[lane] * in[column][lane] for lane < rows.
+// What rounding to T takes from v.
 template <class T>
+XF_INLINE Vec rounding_error(Vec v) {
+  T rounded[kLanes];
+  store(rounded, v);
+  return v - load(rounded);
+}
+
+// out[lane][column] = factor[lane] * in[column][lane] for lane < rows; or what rounding takes from it.
+template <class T, bool kError = false>
 XF_NOINLINE void store_transposed(const float* in, int64_t ld, int64_t rows, int64_t columns,
                                                 const float* factor, T* out, int64_t stride) {
   for (int64_t lane0 = 0; lane0 < rows; lane0 += kLanes) {
@@ -277,6 +321,8 @@ XF_NOINLINE void store_transposed(const float* in, int64_t ld, int64_t rows, int
         for (int i = 0; i < kLanes; ++i) tile[i] = i < n ? load(p + i * ld) * f : zero();
       }
       transpose(tile);
+      if (kError)
+        for (int i = 0; i < kLanes; ++i) tile[i] = rounding_error<T>(tile[i]);
       T* q = out + lane0 * stride + c;
       if (lanes == kLanes && n == kLanes) {
 #pragma GCC unroll 16

@@ -215,7 +215,7 @@ def varlen_attention(
         query: (Tq, Hq, D), the sequences one behind the other. key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to Tq and to Tk, never decreasing.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
-        relative_bias: T5Bias only (a DistanceBias has one length); not fused yet: the reference formula runs.
+        relative_bias: T5Bias only (a DistanceBias has one length).
         The rest as in `attention`; p_i = i + len_k - len_q inside each sequence.
 
     Returns:
@@ -344,8 +344,10 @@ def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tu
                 query, key = call.rope.rotate(query, key, top_left=top_left)
             else:
                 query, key = _rotate_packed(call)
+        distance_bias = None
         if call.relative_bias is not None:
-            mask = _with_relative_bias(mask, call, top_left)
+            lengths = call.max_seqlen_q, call.max_seqlen_k
+            distance_bias = call.relative_bias.values_for(*lengths, top_left=top_left).float().contiguous()
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
             if mask.dtype == torch.float64:
@@ -356,6 +358,7 @@ def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tu
                 mask = mask.expand(-1, -1, -1, key.shape[2])
         slopes, sinks = call.alibi_slopes, call.sinks
         left, right = (-1, -1) if call.window is None else call.window
+        sums = _any_requires_grad((mask, slopes, distance_bias, sinks))
         arguments = (
             query,
             key,
@@ -365,6 +368,7 @@ def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tu
             call.cu_seqlens_q,
             call.cu_seqlens_k,
             None if slopes is None else slopes.float(),
+            distance_bias,
             None if sinks is None else sinks.float().contiguous(),
             reference.draw_seed(query.device) if call.dropout_p > 0 else None,
             call.max_seqlen_q,
@@ -375,24 +379,26 @@ def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tu
             operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL,
             left,
             right,
+            sums or sinks is not None or call.dropout_p > 0,
+            sums,
         )
         if torch.compiler.is_compiling():
-            out, lse = forward(*arguments)
+            out, lse, _ = forward(*arguments)
         else:
-            out, lse = _run_eagerly(forward, twin, arguments)
+            out, lse, _ = _run_eagerly(forward, twin, arguments)
         return (out, lse) if call.return_lse else out
 
     return run
 
 
-def _run_eagerly(forward: Callable, twin: type, arguments) -> tuple[Tensor, Tensor]:
+def _run_eagerly(forward: Callable, twin: type, arguments) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if torch._C._are_functorch_transforms_active():
             return twin.apply(*arguments)
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
-            return forward(*arguments)
+            return forward(*arguments[:-2], False, False)
     except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
         _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
         if not ours or message.startswith("out of memory"):
@@ -404,22 +410,11 @@ def _any_requires_grad(arguments) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-def _with_relative_bias(mask, call: Call, top_left: bool) -> Tensor:
-    len_q, len_k = call.query.shape[2], call.key.shape[2]
-    values = call.relative_bias.values_for(len_q, len_k, top_left=top_left)
-    bias = reference.distance_matrix(values.float(), len_q, len_k)
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
-
-
 def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
     if call.query.dtype == torch.float64:
         return "float64 runs through the reference formula"
     if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
         return f"head_dim is at most {most_head_dim}"
-    if call.relative_bias is not None and call.cu_seqlens_q is not None:
-        return "relative_bias is not fused for packed sequences"
     return None
 
 

@@ -1,7 +1,10 @@
 """What torch has to know about an attention operator: fake (meta) results, autograd, autocast.
 
 Every kernel backend registers the same pair, `xformer_fast::attention_<backend>` and `…_backward`, with one schema;
-each direction of a call crosses exactly one of them. A registered gradient of the backward makes double backward work
+each direction of a call crosses exactly one of them. The forward returns out, lse, and the residual: what rounding took
+from a half-precision out, wanted (save_residual) where the backward's row sums dO·out cancel against other terms: under
+dropout, with sinks, and, there with weights that are not rounded either (exact_weights), for gradients that are sums of
+many dS. A registered gradient of the backward makes double backward work
 in eager mode: it recomputes through the reference formula.
 """
 
@@ -14,14 +17,17 @@ from .. import reference
 
 OPTIONS = (
     "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
-    "Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, "
-    "float dropout_p, int causal, SymInt window_left, SymInt window_right"
+    "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, float softcap, float dropout_p, int causal, SymInt window_left, SymInt window_right"
 )
-FORWARD_SCHEMA = f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor)"
+FORWARD_SCHEMA = (
+    f"(Tensor query, Tensor key, Tensor value, {OPTIONS}, bool save_residual, bool exact_weights) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    f"{OPTIONS}, bool need_mask_grad, bool need_alibi_grad, bool need_sinks_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor residual, {OPTIONS}, bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, "
+    "bool need_sinks_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 NOT_CAUSAL, BOTTOM_RIGHT, TOP_LEFT = 0, 1, 2
 _LIBRARY = torch.library.Library("xformer_fast", "FRAGMENT")
@@ -50,14 +56,14 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
 
     backward_twin = _twin(backward, _save_backward, _second_order)
 
-    def first_order(ctx, grad_out, grad_lse):
-        query, key, value, out, lse, *auxiliary = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (3, 7, 8)]
+    def first_order(ctx, grad_out, grad_lse, _):
+        query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (3, 7, 8, 9)]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         run = backward_twin.apply if torch._C._are_functorch_transforms_active() else backward
-        grads = run(grad_out, grad_lse, query, key, value, out, lse, *auxiliary, *ctx.numbers, *needs)
-        mask, alibi_slopes, sinks = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
-        return *grads[:3], mask, None, None, None, alibi_slopes, sinks, *[None] * 10
+        grads = run(grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs)
+        mask, *rest = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
+        return *grads[:3], mask, None, None, None, *rest, *[None] * 11
 
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
@@ -80,17 +86,24 @@ def in_order_of(like: Tensor, last) -> Tensor:
     return like.new_empty(*like.shape[:-1], last)
 
 
+def empty_residual(query: Tensor, last, wanted: bool) -> Tensor:
+    """Where the rounding errors of a half-precision output go; a float32 output has none."""
+    wanted = wanted and query.dtype != torch.float32
+    return in_order_of(query, last) if wanted else query.new_empty(0)
+
+
 def _forward_fake(query, key, value, *options):
     rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    return in_order_of(query, value.shape[-1]), query.new_empty(rows, dtype=torch.float32)
+    lse = query.new_empty(rows, dtype=torch.float32)
+    return in_order_of(query, value.shape[-1]), lse, empty_residual(query, value.shape[-1], options[-2])
 
 
-def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *options):
-    mask, alibi_slopes, sinks = options[0], options[4], options[5]
-    needs = options[-3:]
+def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, residual, *options):
+    mask, alibi_slopes, distance_bias, sinks = options[0], *options[4:7]
+    needs = options[-4:]
     rest = [
         like.new_empty(like.shape) if need else query.new_empty(0, dtype=torch.float32)
-        for like, need in zip((mask, alibi_slopes, sinks), needs, strict=True)
+        for like, need in zip((mask, alibi_slopes, distance_bias, sinks), needs, strict=True)
     ]
     return (*(in_order_of(t, t.shape[-1]) for t in (query, key, value)), *rest)
 
@@ -98,8 +111,8 @@ def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *options):
 def _save_forward(ctx, inputs, output):
     query, key, value, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, *options[:7])
-    ctx.numbers = options[7:]
+    ctx.save_for_backward(query, key, value, *output, *options[:8])
+    ctx.numbers = options[8:-2]
 
 
 def _save_backward(ctx, inputs, output):
@@ -114,20 +127,23 @@ def _second_order(ctx, *grad_grads):
     inputs = list(ctx.inputs)
     for place, tensor in zip(ctx.tensor_places, ctx.saved_tensors, strict=True):
         inputs[place] = tensor
-    grad_out, grad_lse, query, key, value, _, _, *options = inputs
-    (mask, key_lengths, cu_q, cu_k, alibi_slopes, sinks, seed, _, _, scale, softcap, dropout_p, causal, left, right) = (
-        options[:15]
-    )
-    names = ("query", "key", "value", "mask", "alibi_slopes", "sinks", "grad_out", "grad_lse")
-    tensors = (query, key, value, mask, alibi_slopes, sinks, grad_out, grad_lse)
+    grad_out, grad_lse, query, key, value, _, _, _, *options = inputs
+    mask, key_lengths, cu_q, cu_k, alibi_slopes, distance_bias, sinks, seed, *numbers = options[:16]
+    max_q, max_k, scale, softcap, dropout_p, causal, left, right = numbers
+    names = ("query", "key", "value", "mask", "alibi_slopes", "distance_bias", "sinks", "grad_out", "grad_lse")
+    tensors = (query, key, value, mask, alibi_slopes, distance_bias, sinks, grad_out, grad_lse)
     leaves = {
         n: t.detach().requires_grad_()
         for n, t in zip(names, tensors, strict=True)
         if t is not None and t.is_floating_point()
     }
     with torch.enable_grad():
+        distances = leaves.get("distance_bias")
+        if distances is not None:
+            distances = _Distances(distances, (max_q if causal == TOP_LEFT else max_k) - 1)
         keywords = {
-            "key_lengths": key_lengths, "alibi_slopes": leaves.get("alibi_slopes"), "sinks": leaves.get("sinks"),
+            "key_lengths": key_lengths, "alibi_slopes": leaves.get("alibi_slopes"), "relative_bias": distances,
+            "sinks": leaves.get("sinks"),
             "causal": (False, True, "top_left")[causal], "window": (left, right), "scale": scale, "softcap": softcap,
             "dropout_p": dropout_p, "dropout_seed": seed, "return_lse": True,
         }  # fmt: skip
@@ -151,12 +167,24 @@ def _second_order(ctx, *grad_grads):
             [f for f, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
         ) if pairs else [None] * len(leaves)  # fmt: skip
     grads = dict(zip(leaves, second, strict=True))
-    at = {"grad_out": 0, "grad_lse": 1, "query": 2, "key": 3, "value": 4, "mask": 7, "alibi_slopes": 11, "sinks": 12}
+    at = {"grad_out": 0, "grad_lse": 1, "query": 2, "key": 3, "value": 4, "mask": 8, "alibi_slopes": 12}
+    at |= {"distance_bias": 13, "sinks": 14}
     result = [None] * len(ctx.inputs)
     for name, grad in grads.items():
         if ctx.needs_input_grad[at[name]]:
             result[at[name]] = grad
     return tuple(result)
+
+
+class _Distances:
+    """A relative bias out of the operator's vector of distances, entry `offset` of which is distance 0."""
+
+    def __init__(self, values: Tensor, offset):
+        self.values, self.offset = values, offset
+
+    def values_for(self, len_q, len_k, *, top_left=False) -> Tensor:
+        first = self.offset + 1 - (len_q if top_left else len_k)
+        return self.values[:, first : first + max(len_q + len_k - 1, 0)]
 
 
 def _register_autocast(forward, device: str):

@@ -1,0 +1,99 @@
+"""`KVCache`: a sequence generated token by token equals attention of the whole, contiguous and paged."""
+
+import pytest
+import torch
+
+import xformer_fast
+from xformer_fast import KVCache
+from xformer_fast.testing import check_close
+
+
+def sequence(batch, length, dtype=torch.float32, heads=4, kv_heads=2, dim=32):
+    torch.manual_seed(0)
+    return [torch.randn(batch, h, length, dim).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def part(tensors, *where):
+    return [t[where[0], :, where[1]] for t in tensors]
+
+
+OPTIONS = {
+    "plain": {},
+    "window": {"window": (9, 0), "softcap": 10.0},
+    "alibi": {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4)},
+    "t5": {"relative_bias": xformer_fast.T5Bias(torch.randn(32, 4), bidirectional=False)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("page_size", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_generation_equals_attention_of_the_whole(page_size, dtype, options):
+    whole = sequence(2, 40, dtype)
+    angles = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    options = {**OPTIONS[options], "rope": xformer_fast.Rope(angles.cos(), angles.sin())}
+    cache = KVCache(2, 2, 32, 50, page_size=page_size, dtype=dtype)
+    steps = [slice(0, 23), slice(23, 24), slice(24, 28), slice(28, 40)]
+    out = torch.cat([cache.attend(*part(whole, slice(None), s), **options) for s in steps], 2)
+    exact = {**options, "rope": xformer_fast.Rope(angles.double().cos(), angles.double().sin())}
+    truth = xformer_fast.attention(*(t.double() for t in whole), causal=True, **exact, backend="reference")
+    naive = xformer_fast.attention(*whole, causal=True, **options, backend="reference")
+    check_close(out, truth, naive)
+    assert cache.lengths.tolist() == [40, 40] and cache.length(1) == 40
+
+
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_sequences_come_and_go(page_size):
+    """Three sequences of different lengths, one ended and another begun in its place: each sees its own keys alone."""
+    cache = KVCache(3, 2, 32, 40, page_size=page_size, num_pages=None if page_size is None else 9)
+    old, new = sequence(3, 30), [t.flip(0, 2) for t in sequence(3, 30)]
+    for row, length in ((0, 5), (1, 20), (2, 12)):
+        cache.attend(*part(old, slice(row, row + 1), slice(0, length)), rows=[row])
+    cache.free(1)
+    with pytest.raises(ValueError, match="row 1 is not in use"):
+        cache.attend(*part(old, slice(1, 2), slice(0, 1)), rows=[1])
+    both = [torch.stack((t[0, :, 5:6], t[2, :, 12:13])) for t in old]
+    out = cache.attend(*both)  # the rows in use, in order
+    assert cache.lengths.tolist() == [6, 0, 13]
+    assert cache.add() == 1
+    cache.attend(*part(new, slice(1, 2), slice(0, 17)), rows=[1])
+    step = [torch.stack((t[2, :, 13:14], n[1, :, 17:18], t[0, :, 6:7])) for t, n in zip(old, new, strict=True)]
+    out = cache.attend(*step, rows=[2, 1, 0])  # in any order
+    for i, (source, row, length) in enumerate(((old, 2, 14), (new, 1, 18), (old, 0, 7))):
+        whole = xformer_fast.attention(*part(source, slice(row, row + 1), slice(0, length)), causal=True)
+        torch.testing.assert_close(out[i], whole[0, :, -1:])
+    if page_size is not None:
+        assert cache.free_pages == 9 - 1 - 3 - 2
+
+
+def test_truncate_forgets():
+    whole = sequence(1, 20)
+    cache = KVCache(1, 2, 32, 32, page_size=4)
+    first = cache.attend(*part(whole, slice(None), slice(0, 18)))
+    cache.truncate(0, 9)
+    assert cache.free_pages == 8 - 3
+    torch.testing.assert_close(cache.attend(*part(whole, slice(None), slice(9, 18))), first[:, :, 9:])
+
+
+def test_errors():
+    cache = KVCache(2, 2, 32, 16, page_size=4, num_pages=5)
+    whole = sequence(2, 20)
+    cases = [
+        (lambda: KVCache(0, 2, 32, 16), "batch must be at least 1"),
+        (lambda: KVCache(1, 2, 32, 16, dtype=torch.float64), "dtype must be"),
+        (lambda: KVCache(1, 2, 32, 16, num_pages=3), "give page_size too"),
+        (lambda: KVCache(1, 2, 32, 16, page_size=0), "page_size must be at least 1"),
+        (lambda: cache.attend(*whole), "exceed its capacity, 16"),
+        (lambda: cache.attend(*part(whole, slice(None), slice(0, 12))), "5 free pages, this step needs 6"),
+        (lambda: cache.attend(*part(whole, slice(0, 1), slice(0, 2))), "B = 2 rows"),
+        (lambda: cache.attend(*part(whole, slice(None), slice(0, 2)), rows=[1, 1]), "must differ"),
+        (lambda: cache.attend(*part(whole, slice(0, 1), slice(0, 2)), rows=[2]), "row 2 is not in use"),
+        (lambda: cache.add(), "all 2 rows are in use"),
+        (lambda: cache.truncate(0, 1), "length must lie in 0..0"),
+    ]
+    for wrong, words in cases:
+        with pytest.raises((ValueError, TypeError), match=words):
+            wrong()
+    assert cache.lengths.tolist() == [0, 0] and cache.free_pages == 5
+    cache.attend(*part(whole, slice(None), slice(0, 6)))
+    assert cache.free_pages == 1
