@@ -8,8 +8,8 @@ import torch
 from . import build_info
 from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
-from .ops import rope as rope_ops
 from .ops import decode_attention as decode_ops
+from .ops import rope as rope_ops
 
 # Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
 _EXPLAIN = {
