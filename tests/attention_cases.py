@@ -318,7 +318,7 @@ def formula(*, packed=False):
             ends = keywords["cu_seqlens_q"], keywords["cu_seqlens_k"]
             top_left = keywords.get("causal") == "top_left"
             keywords["query"], keywords["key"] = rope.rotate_packed(
-                keywords["query"], keywords["key"], *ends, top_left=top_left
+                keywords["query"], keywords["key"], *ends, top_left=top_left, backend="reference"
             )
         return reference.varlen_attention(**keywords)
 

@@ -12,7 +12,9 @@ from .dispatch import BackendUnavailable
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
 from .ops.decode_attention import decode_attention
-from .positions import DistanceBias, Rope, T5Bias, alibi_slopes
+from .ops.rope import apply_rope
+from .positions import DistanceBias, T5Bias, alibi_slopes
+from .rope import Rope, rope_frequencies, rope_tables
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,7 @@ __all__ = [
     "Rope",
     "T5Bias",
     "alibi_slopes",
+    "apply_rope",
     "attention",
     "decode_attention",
     "explain",
@@ -31,6 +34,8 @@ __all__ = [
     "patch",
     "reference",
     "register_transformers",
+    "rope_frequencies",
+    "rope_tables",
     "scaled_dot_product_attention",
     "unpatch",
     "varlen_attention",

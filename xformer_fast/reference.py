@@ -40,7 +40,7 @@ def attention(
     top_left = causal == "top_left"
     p, j = key_positions_of_queries(len_q, len_k, top_left, query.device), torch.arange(len_k, device=query.device)
     if rope is not None:
-        query, key = rope.rotate(query, key, top_left=top_left)
+        query, key = rope.rotate(query, key, top_left=top_left, backend="reference")
     keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
     if causal:
         keep = keep & (j <= p)
@@ -139,7 +139,7 @@ def decode_attention(
     tokens, capacity = query.shape[2], key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     appended = 0 if new_key is None else tokens
     if rope is not None:
-        query, new_key = rope.rotate_tokens(query, new_key, cache_lengths + (appended - tokens))
+        query, new_key = rope.rotate_tokens(query, new_key, cache_lengths + (appended - tokens), backend="reference")
     if appended:
         kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
     values = None if relative_bias is None else relative_bias.values_for(tokens, capacity)
@@ -200,18 +200,34 @@ def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
     return F.embedding(j - i + (len_q - 1), values.T).permute(2, 0, 1).contiguous()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved=False) -> Tensor:
-    """Rotates the first R of D channels: pairs (x_k, x_{k+R/2}), interleaved (x_2k, x_2k+1); cos, sin (…, S, R/2).
+def apply_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, *, positions=None, sections=None, interleaved=False, inverse=False
+) -> Tensor:
+    """Rotates the first R of D channels of x (B, H, S, D): pairs (x_k, x_{k+R/2}), interleaved (x_2k, x_2k+1).
 
-    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021). Computed in float32 or better.
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021). Arguments as in
+    `xformer_fast.apply_rope`. Computed in float32 or better.
     """
-    rotary = 2 * cos.shape[-1]
-    head, tail = x[..., :rotary].to(torch.promote_types(x.dtype, cos.dtype)), x[..., rotary:]
+    positions = torch.arange(x.shape[2], device=x.device) if positions is None else positions
+    rotary, compute = 2 * cos.shape[1], torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    cos, sin = (rope_rows(table, positions, sections).to(compute) for table in (cos, sin))
+    sin = -sin if inverse else sin
+    head, tail = x[..., :rotary].to(compute), x[..., rotary:]
     pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
     a, b = pairs.unbind(-1)
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
     turned = turned if interleaved else turned.transpose(-1, -2)
     return torch.cat((turned.flatten(-2).to(x.dtype), tail), -1)
+
+
+def rope_rows(table: Tensor, positions: Tensor, sections=None) -> Tensor:
+    """Rows of a table (P, R/2) at positions (S,), (B, S) or (axes, B, S), broadcastable to (B, H, S, R/2)."""
+    if positions.dim() < 3:
+        rows = table[positions]
+    else:
+        parts = table.split(list(sections), dim=1)
+        rows = torch.cat([part[axis] for part, axis in zip(parts, positions, strict=True)], -1)
+    return rows if rows.dim() == 2 else rows[:, None]
 
 
 def draw_seed(device) -> Tensor:

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -130,6 +133,20 @@ inline Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   if (like.stride(1) < like.stride(2))
     return torch::stable::transpose(torch::stable::new_empty(like, {b, s, h, last}), 1, 2);
   return torch::stable::new_empty(like, {b, h, s, last});
+}
+
+// A result that glibc maps afresh at each call (from 32 MiB on) is filled between page faults, which cost several times what
+// the stores do: huge pages, where the system leaves them to madvise, make one fault of 512. An advice: failure is no error.
+inline void prefer_huge_pages(const Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20, kLeast = 32 << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel()) * static_cast<uintptr_t>(fresh.element_size());
+  if (bytes < kLeast) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr()), first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#else
+  (void)fresh;
+#endif
 }
 
 inline View view_of(const Tensor& t) {

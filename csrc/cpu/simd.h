@@ -119,7 +119,16 @@ XF_INLINE V load_as(const void* p) {
   return v;
 }
 
-XF_INLINE Vec from_bf16(HVec h) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
+XF_INLINE UVec widen(HVec h) {  // g++ 12 makes two halves of __builtin_convertvector
+#if defined(XF_AVX512)
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(XF_AVX2)
+  return (UVec)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, UVec);
+#endif
+}
+XF_INLINE Vec from_bf16(HVec h) { return (Vec)(widen(h) << 16); }
 XF_INLINE HVec to_bf16(Vec v) {  // to nearest even; NaN stays NaN
   const UVec u = (UVec)v;
   const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
