@@ -1,29 +1,30 @@
-"""Softmax attention, forward: out = softmax(cap(Q·Kᵀ · scale) + ALiBi + mask) · V and lse, in one pass over the keys.
+"""Softmax attention, forward: out = softmax(cap(Q·Kᵀ · scale) + biases + mask) · V and lse, in one pass over the keys.
 
 A program owns BLOCK_M queries of one head and walks the key blocks that they see, keeping a running maximum and sum
 (online softmax: Milakov and Gimelshein 2018; FlashAttention-2: Dao 2023). Blocks that every query sees whole take a
 loop without position tests; blocks outside causal limit, window and key length are never read. Programs of one head are
 neighbours, so that its keys stay in L2, and those with the most keys start first. A sink is a running sum that starts
-at exp(sink). Not here: splitting the keys of one query over programs, which few queries over a long cache need.
+at exp(sink). Where a gradient wants it, the residual keeps what rounding takes from out, and EXACT multiplies half-
+precision weights as two numbers each.
+
+Not here: splitting the keys of one query over programs, which few queries over a long cache need.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..ops.attention_operator import in_order_of
+from ..ops.attention_operator import empty_residual, in_order_of
 from .attention_scores import (
     LENGTHS,
     Problem,
-    alibi_slope,
     base_of,
     block_at,
     dropout,
+    head_terms,
     is_visible,
-    key_limit_of,
-    mask_base,
+    place_of,
     scores,
-    sequence,
     view,
     visible_blocks,
 )
@@ -33,9 +34,9 @@ from .common import LOG2E, dot, launch_context, load_tile, store_tile
 @triton.jit
 def _attend(
     acc, row_max, row_sum, query, key_base, value_base, key_stride, value_stride, rows, blocks, length_q, key_limit,
-    shift, scale, mask, slope, left, right, stream, terms,
+    shift, scale, own, left, right, stream, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the key blocks that are seen whole, or (EDGE) in part."""
     for i in range(blocks[5] if EDGE else blocks[1]):
@@ -50,8 +51,8 @@ def _attend(
             new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
         else:
             s, _ = scores(
-                products, rows[:, None], columns[None, :], length_q, key_limit, shift, scale, mask, slope, left, right,
-                terms, EDGE,
+                products, rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left, right, terms,
+                EDGE,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(s, 1))
         finite_max = new_max
@@ -66,34 +67,36 @@ def _attend(
         row_max = new_max
         weights = dropout(weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=False)
         value = load_tile(value_base, value_stride, start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
-        acc = dot(weights.to(value.dtype), value, acc * correction[:, None])  # [BLOCK_M, BLOCK_DV]
+        rounded = weights.to(value.dtype)
+        acc = dot(rounded, value, acc * correction[:, None])  # [BLOCK_M, BLOCK_DV]
+        if EXACT:
+            acc = dot((weights - rounded.to(tl.float32)).to(value.dtype), value, acc)
     return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_forward_kernel(
-    query, key, value, out, lse_ptr, terms, heads, group, rows_q, rows_k, max_rows_q, scale, window_left, window_right,
+    query, key, value, out, residual, lse_ptr, terms, heads, group, rows_q, rows_k, max_rows_q, scale, window_left,
+    window_right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOP_LEFT: tl.constexpr, PLAIN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(max_rows_q, BLOCK_M)
     stream = tl.program_id(0) // blocks_m
     start_m = (blocks_m - 1 - tl.program_id(0) % blocks_m) * BLOCK_M
-    batch, head = stream // heads, stream % heads
-    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    batch, head, first_q, length_q, first_k, _, key_limit, shift = place_of(
+        stream, heads, rows_q, rows_k, terms, TOP_LEFT
+    )
     if start_m >= length_q:
         return
-    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
-    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
-    shift = 0 if TOP_LEFT else length_k - length_q
 
     kv_head = head // group
     query_base = base_of(query, batch, head, first_q)
     key_base = base_of(key, batch, kv_head, first_k)
     value_base = base_of(value, batch, kv_head, first_k)
     out_base = base_of(out, batch, head, first_q)
-    mask = mask_base(terms, batch, head)
-    slope = alibi_slope(terms, batch, head)
+    own = head_terms(terms, batch, head)
 
     rows = start_m + tl.arange(0, BLOCK_M)
     last = tl.minimum(start_m + BLOCK_M, length_q) - 1
@@ -109,8 +112,8 @@ def attention_forward_kernel(
     for EDGE in tl.static_range(2):
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, query_tile, key_base, value_base, key.strides[2], value.strides[2], rows, blocks,
-            length_q, key_limit, shift, scale, mask, slope, window_left, window_right, stream, terms,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EDGE,
+            length_q, key_limit, shift, scale, own, window_left, window_right, stream, terms,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EXACT, EDGE,
         )  # fmt: skip
 
     empty = row_sum == 0.0
@@ -118,23 +121,32 @@ def attention_forward_kernel(
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(divisor)) / LOG2E)
     acc *= (terms.dropout_scale / divisor)[:, None]
     store_tile(out_base, out.strides[2], start_m, length_q, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    if residual is not None:
+        residual_base = base_of(residual, batch, head, first_q)
+        error = acc - acc.to(out.ptr.dtype.element_ty).to(tl.float32)
+        store_tile(residual_base, residual.strides[2], start_m, length_q, error, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     lse_base = lse_ptr + (stream if terms.cu_seqlens_q is None else head).to(tl.int64) * rows_q + first_q
     tl.store(lse_base + rows, lse, mask=rows < length_q)
 
 
 def forward(query, key, value, *terms):
-    """(out, lse): see the operator's schema."""
+    """(out, lse, residual): see the operator's schema."""
+    *terms, save_residual, exact_weights = terms
     problem = Problem(query, key, value, *terms)
     out = in_order_of(query, problem.head_dim_v)
+    residual = empty_residual(query, problem.head_dim_v, save_residual)
     lse = query.new_empty(problem.lse_shape, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
-    tile = problem.tile("forward")
+        return out, lse, residual
+    tile, exact = problem.tile("forward"), exact_weights and query.dtype != torch.float32
+    if exact:  # twice the weights in registers
+        tile = tile._replace(block_n=max(16, tile.block_n // 2))
     grid = (triton.cdiv(problem.max_rows_q, tile.block_m) * problem.batch * problem.heads,)
     with launch_context(query):
         attention_forward_kernel[grid](
-            view(query), view(key), view(value), view(out), lse, problem.terms, problem.heads, problem.group,
-            problem.rows_q, problem.rows_k, problem.max_rows_q, problem.score_scale, problem.window_left,
-            problem.window_right, PLAIN=problem.plain, **problem.constants(tile),
+            view(query), view(key), view(value), view(out), view(residual) if residual.numel() else None, lse,
+            problem.terms, problem.heads, problem.group, problem.rows_q, problem.rows_k, problem.max_rows_q,
+            problem.score_scale, problem.window_left, problem.window_right, PLAIN=problem.plain,
+            EXACT=exact, **problem.constants(tile),
         )  # fmt: skip
-    return out, lse
+    return out, lse, residual

@@ -1,6 +1,7 @@
-"""Softmax attention, backward: gradients of query, key, value, float mask, ALiBi slopes and sinks, without atomics.
+"""Softmax attention, backward: gradients of query, key, value, mask, slopes, bias of distance, sinks; no atomics.
 
-With P = exp(s - lse), kept and scaled by dropout where it applies, and delta_i = dO_i·O_i - dlse_i:
+With P = exp(s - lse), kept and scaled by dropout where it applies, and delta_i = dO_i·O_i - dlse_i (O before rounding,
+if the forward has saved the residual):
     dV = Pᵀ·dO,   dS = P * (dO·Vᵀ - delta),   dQ = scale · dS·K,   dK = scale · dSᵀ·Q   (soft cap: dS times 1 - tanh²)
     dmask = dS summed over the mask's broadcast axes,   dslope = -Σ dS·|p_i - j|,   dsink = -Σ exp(sink - lse)·delta
 Three kernels, each recomputing the scores, each result owned by one program, so that sums have one order:
@@ -8,57 +9,40 @@ Three kernels, each recomputing the scores, each result owned by one program, so
         others, two numbers a query: lse in log2 units (+inf where P is 0: no key, or padding) and delta;
     key gradient: a program owns BLOCK_N keys and walks the queries that see them, over all heads of their GQA group;
         at large head dims dK and dV are two launches, as one program cannot hold both sums in registers;
-    mask gradient (attention_mask_gradient.py): only when asked for.
+    mask and distance gradients (attention_mask_gradient.py, attention_distance_gradient.py): only when asked for.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..ops.attention_operator import in_order_of
+from .attention_distance_gradient import distance_gradient
 from .attention_mask_gradient import mask_gradient
 from .attention_scores import (
     LENGTHS,
     Problem,
-    alibi_slope,
+    Statistics,
     base_of,
     block_at,
     dropout,
-    key_limit_of,
-    mask_base,
+    head_terms,
+    place_of,
     score_gradient,
     scores,
-    sequence,
+    statistics_of,
     view,
     visible_blocks,
 )
 from .common import LOG2E, dot, launch_context, load_tile, store_tile
 
 
-class Statistics(NamedTuple):
-    """lse (log2 units) and delta of every query, each sequence's rows padded to whole blocks of queries."""
-
-    ptr: Any
-    delta: Any  # from a row's lse to its delta
-    stride: Any  # from a head to the next; packed sequences share a head's rows
-    padding: Any  # between packed sequences
-
-
-@triton.jit
-def statistics_of(statistics, batch, head, stream, first_q, terms):
-    if terms.cu_seqlens_q is None:
-        return statistics.ptr + stream.to(tl.int64) * statistics.stride
-    else:
-        return statistics.ptr + head.to(tl.int64) * statistics.stride + first_q + batch * statistics.padding
-
-
 @triton.jit
 def _query_gradient(
     acc, slope_sum, query, grad_out, lse, delta, key_base, value_base, key_stride, value_stride, rows, blocks, length_q,
-    key_limit, shift, scale, mask, slope, left, right, stream, terms,
+    key_limit, shift, scale, own, left, right, stream, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -69,8 +53,8 @@ def _query_gradient(
         key = load_tile(key_base, key_stride, start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
         value = load_tile(value_base, value_stride, start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
         s, bent = scores(
-            dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, mask, slope,
-            left, right, terms, EDGE,
+            dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left,
+            right, terms, EDGE,
         )  # fmt: skip
         weights = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_N]
         grad_weights = dot(grad_out, tl.trans(value))
@@ -88,8 +72,8 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_query_gradient_kernel(
-    grad_out, grad_lse_ptr, query, key, value, out, lse_ptr, statistics, grad_query, slope_parts, sink_parts, terms,
-    heads, group, rows_q, rows_k, max_rows_q, scale, output_scale, window_left, window_right,
+    grad_out, grad_lse_ptr, query, key, value, out, residual, lse_ptr, statistics, grad_query, slope_parts, sink_parts,
+    terms, heads, group, rows_q, rows_k, max_rows_q, scale, output_scale, window_left, window_right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOP_LEFT: tl.constexpr,
 ):  # fmt: skip
@@ -97,13 +81,11 @@ def attention_query_gradient_kernel(
     stream = tl.program_id(0) // blocks_m
     block = blocks_m - 1 - tl.program_id(0) % blocks_m
     start_m = block * BLOCK_M
-    batch, head = stream // heads, stream % heads
-    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    batch, head, first_q, length_q, first_k, _, key_limit, shift = place_of(
+        stream, heads, rows_q, rows_k, terms, TOP_LEFT
+    )
     if start_m >= length_q:
         return
-    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
-    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
-    shift = 0 if TOP_LEFT else length_k - length_q
 
     kv_head = head // group
     query_base = base_of(query, batch, head, first_q)
@@ -113,8 +95,7 @@ def attention_query_gradient_kernel(
     grad_out_base = base_of(grad_out, batch, head, first_q)
     grad_base = base_of(grad_query, batch, head, first_q)
     lse_offset = (stream if terms.cu_seqlens_q is None else head).to(tl.int64) * rows_q + first_q
-    mask = mask_base(terms, batch, head)
-    slope = alibi_slope(terms, batch, head)
+    own = head_terms(terms, batch, head)
 
     rows = start_m + tl.arange(0, BLOCK_M)
     last = tl.minimum(start_m + BLOCK_M, length_q) - 1
@@ -122,7 +103,13 @@ def attention_query_gradient_kernel(
         grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
     )
     out_tile = load_tile(out_base, out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    out_tile = out_tile.to(tl.float32)
+    if residual is not None:
+        residual_base = base_of(residual, batch, head, first_q)
+        out_tile += load_tile(
+            residual_base, residual.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
+        ).to(tl.float32)
+    delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile, 1)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + lse_offset + rows, mask=rows < length_q, other=0.0)
     lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < length_q, other=float("-inf"))
@@ -143,7 +130,7 @@ def attention_query_gradient_kernel(
     for EDGE in tl.static_range(2):
         acc, slope_sum = _query_gradient(
             acc, slope_sum, query_tile, grad_out_tile, lse, delta, key_base, value_base, key.strides[2],
-            value.strides[2], rows, blocks, length_q, key_limit, shift, scale, mask, slope, window_left, window_right,
+            value.strides[2], rows, blocks, length_q, key_limit, shift, scale, own, window_left, window_right,
             stream, terms, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, SLOPE_GRADIENT, EDGE,
         )  # fmt: skip
     store_tile(grad_base, grad_query.strides[2], start_m, length_q, acc * output_scale, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -177,10 +164,10 @@ def _key_gradient(
         lse_base = statistics_of(statistics, batch, head, stream, first_q, terms) + start_m
         lse = tl.load(lse_base + tl.arange(0, BLOCK_M))
         delta = tl.load(lse_base + statistics.delta + tl.arange(0, BLOCK_M)) if KEY else lse
-        mask, slope = mask_base(terms, batch, head), alibi_slope(terms, batch, head)
+        own = head_terms(terms, batch, head)
         s, bent = scores(
-            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, mask,
-            slope, left, right, terms, EDGE,
+            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, own,
+            left, right, terms, EDGE,
         )  # fmt: skip
         weights = tl.exp2(s - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if VALUE:
@@ -205,14 +192,11 @@ def attention_key_gradient_kernel(
 ):  # fmt: skip
     blocks_n = tl.cdiv(max_rows_k, BLOCK_N)
     start_n = (tl.program_id(0) % blocks_n) * BLOCK_N
-    heads_kv = heads // group
-    batch, kv_head = tl.program_id(0) // blocks_n // heads_kv, tl.program_id(0) // blocks_n % heads_kv
-    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
+    batch, kv_head, first_q, length_q, first_k, length_k, key_limit, shift = place_of(
+        tl.program_id(0) // blocks_n, heads // group, rows_q, rows_k, terms, TOP_LEFT
+    )
     if start_n >= length_k:
         return
-    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
-    key_limit = key_limit_of(batch, terms.key_lengths, length_k)
-    shift = 0 if TOP_LEFT else length_k - length_q
 
     key_base = base_of(key, batch, kv_head, first_k)
     value_base = base_of(value, batch, kv_head, first_k)
@@ -244,21 +228,19 @@ def attention_key_gradient_kernel(
         store_tile(grad_value_base, grad_value.strides[2], start_n, length_k, value_acc, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
 
 
-def backward(
-    grad_out, grad_lse, query, key, value, out, lse, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks,
-    *rest,
-):  # fmt: skip
-    """(grad_query, grad_key, grad_value, grad_mask, grad_alibi_slopes, grad_sinks): see the operator's schema."""
-    *numbers, need_mask_grad, need_alibi_grad, need_sinks_grad = rest
-    problem = Problem(query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, *numbers)
+def backward(grad_out, grad_lse, query, key, value, out, lse, residual, *options):
+    """Gradients of query, key, value, mask, ALiBi slopes, bias of distance, sinks: see the operator's schema."""
+    *options, need_mask_grad, need_alibi_grad, need_distance_grad, need_sinks_grad = options
+    mask, alibi_slopes, distance_bias, sinks, packed = options[0], *options[4:7], options[2] is not None
+    problem = Problem(query, key, value, *options)
     unneeded = query.new_empty(0, dtype=torch.float32)
     grads = [in_order_of(t, t.shape[-1]) for t in (query, key, value)]
     if query.numel() == 0:
-        for t, need in ((mask, need_mask_grad), (alibi_slopes, need_alibi_grad), (sinks, need_sinks_grad)):
+        needs = need_mask_grad, need_alibi_grad, need_distance_grad, need_sinks_grad
+        for t, need in zip((mask, alibi_slopes, distance_bias, sinks), needs, strict=True):
             grads.append(t.new_empty(t.shape) if need else unneeded)
         return tuple(grad.zero_() for grad in grads)
 
-    packed = cu_seqlens_q is not None
     tile = problem.tile("grad_query")
     blocks = triton.cdiv(problem.max_rows_q, tile.block_m)
     rows = problem.rows_q + problem.batch * tile.block_m if packed else blocks * tile.block_m
@@ -275,8 +257,8 @@ def backward(
     with launch_context(query):
         attention_query_gradient_kernel[(blocks * problem.batch * problem.heads,)](
             views[0], None if grad_lse is None else grad_lse.float().contiguous(), *views[1:], view(out),
-            lse.contiguous(), statistics, view(grads[0]), slope_parts, sink_parts, problem.terms, *sizes,
-            problem.max_rows_q, *numbers, **problem.constants(tile),
+            view(residual) if residual.numel() else None, lse.contiguous(), statistics, view(grads[0]), slope_parts,
+            sink_parts, problem.terms, *sizes, problem.max_rows_q, *numbers, **problem.constants(tile),
         )  # fmt: skip
         if problem.rows_k > 0:
             for tile, which in problem.key_gradient_tiles():
@@ -286,10 +268,12 @@ def backward(
                     *numbers, **problem.constants(tile), **which,
                 )  # fmt: skip
         grads.append(mask_gradient(problem, mask, views, statistics) if need_mask_grad else unneeded)
+        of_distance = distance_gradient(problem, distance_bias, views, statistics) if need_distance_grad else unneeded
     if need_alibi_grad:
         per_batch = slope_parts.sum(-1)
         grads.append((per_batch if alibi_slopes.dim() == 2 else per_batch.sum(0)).to(alibi_slopes.dtype))
     else:
         grads.append(unneeded)
+    grads.append(of_distance)
     grads.append(sink_parts.sum((0, 2)).to(sinks.dtype) if need_sinks_grad else unneeded)
     return tuple(grads)

@@ -9,16 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_scores import (
-    LENGTHS,
-    alibi_slope,
-    base_of,
-    dropout,
-    key_limit_of,
-    mask_base,
-    scores,
-    visible_blocks,
-)
+from .attention_scores import LENGTHS, base_of, dropout, head_terms, key_limit_of, scores, visible_blocks
 from .common import dot, load_tile
 
 PROGRAMS = 1024  # as many as keep any GPU busy; fewer mask tiles than that are split
@@ -55,8 +46,7 @@ def attention_mask_gradient_kernel(
         key_base = base_of(key, batch, kv_head, 0)
         value_base = base_of(value, batch, kv_head, 0)
         lse_base = statistics.ptr + stream.to(tl.int64) * statistics.stride
-        mask = mask_base(terms, batch, head)
-        slope = alibi_slope(terms, batch, head)
+        own = head_terms(terms, batch, head)
         for start_m in range(first_row, end_row, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
             last = tl.minimum(start_m + BLOCK_M, rows_q) - 1
@@ -81,7 +71,7 @@ def attention_mask_gradient_kernel(
                 )
                 s, _ = scores(
                     dot(query_tile, tl.trans(key_tile)), rows[:, None], columns[None, :], rows_q, key_limit, shift,
-                    scale, mask, slope, window_left, window_right, terms, EDGE=True,
+                    scale, own, window_left, window_right, terms, EDGE=True,
                 )  # fmt: skip
                 grad_weights = dot(grad_out_tile, tl.trans(value_tile))
                 if terms.dropout_seed is not None:

@@ -1,9 +1,9 @@
 """What attention's forward and backward kernels share: problem description, scores, visible blocks, tile sizes.
 
-A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + mask, with p_i = i + shift; every exponential is
-then one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal attention is
-the case right = 0. A term that is absent is None, and its code is compiled out. Lengths and windows are run-time
-numbers that Triton does not specialise on: a new length does not recompile.
+A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + bias[j - p_i] + mask, with p_i = i + shift; every
+exponential is then one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal
+attention is the case right = 0. A term that is absent is None, and its code is compiled out. Lengths and windows are
+run-time numbers that Triton does not specialise on: a new length does not recompile.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ class Terms(NamedTuple):
     cu_seqlens_k: Any
     alibi_slopes: Any
     alibi_batch_stride: Any
+    distance_bias: Any  # (head, distance)
+    distance_stride: Any
+    distance_offset: Any  # of distance 0
     sinks: Any
     dropout_seed: Any
     dropout_threshold: Any  # 32 random bits keep an element if they are >= it
@@ -113,31 +116,37 @@ def is_visible(rows, columns, shift, key_limit, left, right):
 
 
 @triton.jit
-def mask_base(terms, batch, head):
-    if terms.mask is None:
-        return 0
-    else:
+def place_of(stream, heads, rows_q, rows_k, terms, TOP_LEFT: tl.constexpr):
+    """(batch, head, first_q, length_q, first_k, length_k, key_limit, shift): where one (batch, head)'s rows are."""
+    batch, head = stream // heads, stream % heads
+    first_q, length_q = sequence(batch, terms.cu_seqlens_q, rows_q)
+    first_k, length_k = sequence(batch, terms.cu_seqlens_k, rows_k)
+    shift = 0 if TOP_LEFT else length_k - length_q
+    return batch, head, first_q, length_q, first_k, length_k, key_limit_of(batch, terms.key_lengths, length_k), shift
+
+
+@triton.jit
+def head_terms(terms, batch, head):
+    """What of the terms belongs to one head: (mask pointer, ALiBi slope, pointer to distance 0 of its bias)."""
+    mask, slope, bias = 0, 0.0, 0
+    if terms.mask is not None:
         strides = terms.mask_strides
-        return terms.mask + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+        mask = terms.mask + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    if terms.alibi_slopes is not None:
+        slope = tl.load(terms.alibi_slopes + batch * terms.alibi_batch_stride + head).to(tl.float32)
+    if terms.distance_bias is not None:
+        bias = terms.distance_bias + head.to(tl.int64) * terms.distance_stride + terms.distance_offset
+    return mask, slope, bias
 
 
 @triton.jit
-def alibi_slope(terms, batch, head):
-    if terms.alibi_slopes is None:
-        return 0.0
-    else:
-        return tl.load(terms.alibi_slopes + batch * terms.alibi_batch_stride + head).to(tl.float32)
-
-
-@triton.jit
-def scores(
-    products, rows, columns, length_q, key_limit, shift, scale, mask, slope, left, right, terms, EDGE: tl.constexpr
-):  # fmt: skip
+def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left, right, terms, EDGE: tl.constexpr):
     """(scores in log2 units, -inf where masked; tanh of the soft cap, else the products).
 
     `products` are q·k; `rows` and `columns` broadcast against them in either orientation. EDGE: some keys of the tile
     are not visible. `scale` includes log2(e), or 1/softcap where a cap follows.
     """
+    mask, slope, bias = own
     bent = products
     s = products * scale
     if terms.softcap is not None:
@@ -145,14 +154,17 @@ def scores(
         s = bent * terms.softcap
     if terms.alibi_slopes is not None:
         s -= (slope * LOG2E) * tl.abs(rows + shift - columns).to(tl.float32)
+    if terms.distance_bias is not None:
+        inside = (rows < length_q) & (columns < key_limit)
+        s += tl.load(bias + (columns - rows - shift), mask=inside, other=0.0) * LOG2E
     if terms.mask is not None:
         strides = terms.mask_strides
         pointers = mask + rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]
-        bias = tl.load(pointers, mask=(rows < length_q) & (columns < key_limit), other=0)
+        added = tl.load(pointers, mask=(rows < length_q) & (columns < key_limit), other=0)
         if terms.mask.dtype.element_ty == tl.uint8:
-            s = tl.where(bias != 0, s, float("-inf"))
+            s = tl.where(added != 0, s, float("-inf"))
         else:
-            s += bias.to(tl.float32) * LOG2E
+            s += added.to(tl.float32) * LOG2E
     if EDGE:
         s = tl.where(is_visible(rows, columns, shift, key_limit, left, right), s, float("-inf"))
     return s, bent
@@ -177,6 +189,23 @@ def dropout(values, rows, first_column, stream, terms, BLOCK_N: tl.constexpr, TR
         return tl.where(keep, values, 0.0)
 
 
+class Statistics(NamedTuple):
+    """lse (log2 units) and delta of every query, each sequence's rows padded to whole blocks of queries."""
+
+    ptr: Any
+    delta: Any  # from a row's lse to its delta
+    stride: Any  # from a head to the next; packed sequences share a head's rows
+    padding: Any  # between packed sequences
+
+
+@triton.jit
+def statistics_of(statistics, batch, head, stream, first_q, terms):
+    if terms.cu_seqlens_q is None:
+        return statistics.ptr + stream.to(tl.int64) * statistics.stride
+    else:
+        return statistics.ptr + head.to(tl.int64) * statistics.stride + first_q + batch * statistics.padding
+
+
 class Tile(NamedTuple):
     block_m: int  # queries
     block_n: int  # keys
@@ -185,8 +214,8 @@ class Tile(NamedTuple):
 
 
 # (kernel, larger head dim up to, architecture) -> tile, for 16-bit inputs. Without a grad_value row, grad_key computes
-# both gradients at once. Query blocks of grad_key, grad_value and grad_mask divide those of grad_query, which pads what
-# they read.
+# both gradients at once. Query blocks of the other gradients divide those of grad_query, which pads what they read;
+# tiles of grad_distance are square.
 TILES = {
     ("forward", 64, "sm80"): Tile(128, 64, 4, 3),
     ("forward", 128, "sm80"): Tile(128, 64, 8, 3),
@@ -227,6 +256,15 @@ TILES = {
     ("grad_mask", 64, "sm90"): Tile(64, 64, 4, 1),
     ("grad_mask", 128, "sm90"): Tile(64, 64, 4, 1),
     ("grad_mask", 256, "sm90"): Tile(64, 64, 8, 1),
+    ("grad_distance", 64, "sm80"): Tile(64, 64, 8, 1),
+    ("grad_distance", 128, "sm80"): Tile(32, 32, 4, 1),
+    ("grad_distance", 256, "sm80"): Tile(32, 32, 8, 1),
+    ("grad_distance", 64, "sm86"): Tile(32, 32, 4, 1),
+    ("grad_distance", 128, "sm86"): Tile(32, 32, 8, 1),
+    ("grad_distance", 256, "sm86"): Tile(16, 16, 4, 1),
+    ("grad_distance", 64, "sm90"): Tile(64, 64, 8, 1),
+    ("grad_distance", 128, "sm90"): Tile(64, 64, 8, 1),
+    ("grad_distance", 256, "sm90"): Tile(64, 64, 8, 1),
 }
 # The same for float32 inputs, on every architecture.
 FLOAT32_TILES = {
@@ -244,6 +282,9 @@ FLOAT32_TILES = {
     ("grad_mask", 64): Tile(32, 32, 8, 1),
     ("grad_mask", 128): Tile(32, 16, 8, 1),
     ("grad_mask", 256): Tile(16, 16, 8, 1),
+    ("grad_distance", 64): Tile(32, 32, 8, 1),
+    ("grad_distance", 128): Tile(16, 16, 8, 1),
+    ("grad_distance", 256): Tile(16, 16, 8, 1),
 }
 INTERPRETER_TILE = Tile(32, 16, 1, 1)
 
@@ -252,8 +293,8 @@ class Problem:
     """What every launch of one call needs: sizes, terms and numbers, read from the operator's arguments."""
 
     def __init__(
-        self, query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, dropout_seed,
-        max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right,
+        self, query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks,
+        dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right,
     ):  # fmt: skip
         packed = cu_seqlens_q is not None
         self.device, self.dtype = query.device, query.dtype
@@ -274,7 +315,7 @@ class Problem:
         self.window_right = min(window_right, longest) if window_right >= 0 else None
         if causal:
             self.window_right = 0
-        self.plain = scale > 0 and not softcap and mask is None and alibi_slopes is None
+        self.plain = scale > 0 and not softcap and all(t is None for t in (mask, alibi_slopes, distance_bias))
         dropped = dropout_p > 0
         self.terms = Terms(
             mask=mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
@@ -284,6 +325,9 @@ class Problem:
             cu_seqlens_k=cu_seqlens_k,
             alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
             alibi_batch_stride=None if alibi_slopes is None else (alibi_slopes.dim() - 1) * self.heads,
+            distance_bias=distance_bias,
+            distance_stride=None if distance_bias is None else distance_bias.shape[1],
+            distance_offset=None if distance_bias is None else (max_seqlen_q if self.top_left else max_seqlen_k) - 1,
             sinks=sinks,
             dropout_seed=dropout_seed if dropped else None,
             dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1) if dropped else None,
@@ -293,6 +337,8 @@ class Problem:
 
     def tile(self, kernel: str) -> Tile | None:
         if INTERPRET:
+            if kernel == "grad_distance":
+                return INTERPRETER_TILE._replace(block_m=INTERPRETER_TILE.block_n)
             return None if kernel == "grad_value" and self.head_dim_bucket < 256 else INTERPRETER_TILE
         if self.dtype == torch.float32:
             return FLOAT32_TILES.get((kernel, self.head_dim_bucket))

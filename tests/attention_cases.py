@@ -358,7 +358,7 @@ def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
         torch.set_num_threads(threads)
 
 
-def _errors_of_other_draws(case: Case, run, draws=8):
+def _errors_of_other_draws(case: Case, run, draws=16):
     """Yields naive gradients minus exact ones for other gradients of out."""
     (exact, exact_results), (naive, naive_results) = (_call(case, run, side, True) for side in (True, False))
     for _ in range(draws):
@@ -398,7 +398,8 @@ def _cancelled_magnitudes(case: Case) -> dict[str, float]:
     if not _some_row_sees_one_key(case):
         return sizes
     sizes |= {"grad_query": term * scale * key.abs().max().item(), "grad_key": term * scale * query.abs().max().item()}
-    return {**dict.fromkeys(("grad_mask", "grad_alibi_slopes", "grad_relative_bias"), term), **sizes}
+    sizes["grad_alibi_slopes"] = term * max(query.shape[-2], key.shape[-2])  # distances
+    return {**dict.fromkeys(("grad_mask", "grad_relative_bias"), term), **sizes}
 
 
 def _some_row_sees_one_key(case: Case) -> bool:

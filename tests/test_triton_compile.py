@@ -31,7 +31,7 @@ class Config:
     head_dim: int
     dtype: str = "bfloat16"
     causal: bool = False
-    terms: str = ""  # "all", or "packed"
+    terms: str = ""  # "all", "packed" or "distance"
 
     def __str__(self):
         return f"sm{self.arch}-D{self.head_dim}-{self.dtype}{'-causal' * self.causal}{self.terms and '-' + self.terms}"
@@ -40,6 +40,7 @@ class Config:
 MAIN = [Config(arch, dim, causal=causal) for arch in (80, 90) for dim in (64, 128, 256) for causal in (False, True)]
 MAIN += [Config(arch, 64, "float32", causal=True) for arch in (80, 90)]
 MAIN += [Config(90, 128, "float16", causal=True)]
+MAIN += [Config(arch, dim, terms="distance") for arch in (80, 90) for dim in (64, 128)]
 MORE = [Config(arch, d, "float16", c) for arch in (80, 90) for d in (64, 128, 256) for c in (False, True)]
 MORE = [config for config in MORE if config not in MAIN]
 OTHER = [Config(90, 64, terms="all"), Config(80, 80, terms="packed")]
@@ -88,7 +89,7 @@ def call(config: Config, length: int = 512, window: int = -1):
 
     dtype, dim, everything = getattr(torch, config.dtype), config.head_dim, config.terms == "all"
     seed = torch.zeros(1, dtype=torch.int64) if everything else None
-    mask = slopes = sinks = lengths = ends = None
+    mask = slopes = sinks = lengths = ends = distance = None
     if config.terms == "packed":
         query, key, value = (torch.empty(length, heads, dim, dtype=dtype) for heads in (4, 2, 2))
         ends = torch.zeros(3, dtype=torch.int32)
@@ -97,11 +98,15 @@ def call(config: Config, length: int = 512, window: int = -1):
     if everything:
         mask, lengths = torch.empty(1, 4, length, length, dtype=dtype), torch.zeros(2, dtype=torch.int32)
         slopes, sinks, window = torch.empty(2, 4), torch.empty(4), 100
-    terms = mask, lengths, ends, ends, slopes, sinks, seed, length, length, 0.125
+    learned = everything or config.terms == "distance"
+    if learned:
+        distance = torch.empty(4, 2 * length - 1)
+    terms = mask, lengths, ends, ends, slopes, distance, sinks, seed, length, length, 0.125
     numbers = 30.0 * everything, 0.1 * everything, int(config.causal), window, -1
-    out, lse = attention.forward(query, key, value, *terms, *numbers)
+    out, lse, residual = attention.forward(query, key, value, *terms, *numbers, learned, learned)
     grad_lse = torch.empty_like(lse) if everything else None
-    attention_backward.backward(out, grad_lse, query, key, value, out, lse, *terms, *numbers, *[everything] * 3)
+    needs = everything, everything, learned, everything
+    attention_backward.backward(out, grad_lse, query, key, value, out, lse, residual, *terms, *numbers, *needs)
 
 
 def disassemble(kernel, *options: str) -> str:
@@ -129,8 +134,17 @@ def resources(config: Config) -> list[dict]:
 
 @functools.cache
 def compiled_in_parallel(configs: tuple) -> dict:
+    """Rows of every configuration, or what compiling it raised: a test that fails must not compile all of them anew."""
     with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        return dict(zip(configs, pool.map(resources, configs), strict=True))
+        jobs = {config: pool.submit(resources, config) for config in configs}
+        return {config: job.exception() or job.result() for config, job in jobs.items()}
+
+
+def compiled(config: Config, configs: tuple) -> list[dict]:
+    rows = compiled_in_parallel(configs)[config]
+    if isinstance(rows, Exception):
+        raise rows
+    return rows
 
 
 def check(config: Config, rows: list[dict]):
@@ -144,21 +158,21 @@ def check(config: Config, rows: list[dict]):
 
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_main_configurations(config):
-    rows = compiled_in_parallel(ALL)[config]
-    assert len(rows) == (4 if config.head_dim == 256 else 3)
+    rows = compiled(config, ALL)
+    assert len(rows) == (4 if config.head_dim == 256 or config.terms else 3)
     check(config, rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_float16(config):
-    check(config, compiled_in_parallel(tuple(MORE))[config])
+    check(config, compiled(config, tuple(MORE)))
 
 
 @pytest.mark.parametrize("config", OTHER, ids=str)
 def test_every_term_compiles(config):
-    rows = compiled_in_parallel(ALL)[config]
-    assert len(rows) == (4 if config.terms == "all" else 3)
+    rows = compiled(config, ALL)
+    assert len(rows) == (5 if config.terms == "all" else 3)
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 
@@ -186,5 +200,5 @@ def test_backward_tiles_divide(dtype):
 
     table = FLOAT32_TILES if dtype == torch.float32 else TILES
     for (kernel, *rest), tile in table.items():
-        if kernel in ("grad_key", "grad_value", "grad_mask"):
+        if kernel not in ("forward", "grad_query"):
             assert table[("grad_query", *rest)].block_m % tile.block_m == 0, (kernel, *rest)

@@ -17,8 +17,8 @@ from .. import reference
 
 OPTIONS = (
     "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
-    "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, "
-    "float dropout_p, int causal, SymInt window_left, SymInt window_right"
+    "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, float softcap, float dropout_p, int causal, SymInt window_left, SymInt window_right"
 )
 FORWARD_SCHEMA = (
     f"(Tensor query, Tensor key, Tensor value, {OPTIONS}, bool save_residual, bool exact_weights) "
