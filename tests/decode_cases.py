@@ -157,5 +157,9 @@ def check(case: Case, result: Result, truth: Result, naive: Result, where: str):
     for name in ("key_cache", "value_cache"):
         ours, theirs = getattr(result, name).cpu(), getattr(naive, name)
         assert torch.equal(ours.isnan(), theirs.isnan()), f"{where}: {name} was written elsewhere, {case}"
-        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"{where}: {name} differs, {case}"
+        if "rope" in case.options and name == "key_cache":  # rotated by another backend: the last bits may differ
+            sides = (t.nan_to_num().cpu() for t in (ours, getattr(truth, name), theirs))
+            check_close(*sides, f"{where} {name} of {case}", dtype=case.dtype)
+        else:
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"{where}: {name} differs, {case}"
     assert result.out.dtype == case.dtype
