@@ -15,8 +15,8 @@ from .ops import rope as rope_ops
 _EXPLAIN = {
     "attention": functools.partial(attention_ops.explain, attention_ops.attention),
     "varlen_attention": functools.partial(attention_ops.explain, attention_ops.varlen_attention),
-    "apply_rope": rope_ops.explain,
     "decode_attention": decode_ops.explain,
+    "apply_rope": rope_ops.explain,
 }
 
 

@@ -228,7 +228,7 @@ class Rope:
             rope_op.check_positions("key_positions", self.key_positions, self.sections, batch, len_k)
         else:
             self._check_rows(len_k, "keys")
-        return self._rotate((query, key), (self.query_positions, self.key_positions), (shift, 0), backend)
+        return self._rotate(query, key, self.query_positions, self.key_positions, shift, backend)
 
     def rotate_packed(
         self, query, key, cu_seqlens_q, cu_seqlens_k, *, top_left=False, backend=None
@@ -245,25 +245,23 @@ class Rope:
             key_positions = packed_positions(cu_seqlens_k, key.shape[0])
         rope_op.check_positions("query_positions", query_positions, self.sections, 1, query.shape[0])
         rope_op.check_positions("key_positions", key_positions, self.sections, 1, key.shape[0])
-        return self._rotate((query, key), (query_positions, key_positions), (0, 0), backend)
+        return self._rotate(query, key, query_positions, key_positions, 0, backend)
 
-    def rotate_tokens(self, query, key: Tensor | None, first: Tensor, *, backend=None) -> tuple[Tensor, Tensor | None]:
+    def rotate_tokens(self, query: Tensor, key: Tensor | None, first: Tensor, *, backend=None):
         """query (B, Hq, T, D) and key (B, Hkv, T, D), or None, rotated: token t of sequence b stands at first[b] + t.
 
         Positions given to Rope come first; query_positions serve the keys too unless key_positions are given.
         """
         self.check(query.shape[-1])
         batch, tokens = query.shape[0], query.shape[2]
-        query_positions = self.query_positions
+        query_positions, key_positions = self.query_positions, self.key_positions
         if query_positions is None:
             first = first.long().clamp(min=0)  # a token before position 0 sees no key
             query_positions = first[:, None] + torch.arange(tokens, device=first.device)
-        key_positions = query_positions if self.key_positions is None else self.key_positions
+        key_positions = query_positions if key_positions is None else key_positions
         rope_op.check_positions("query_positions", query_positions, self.sections, batch, tokens)
-        if key is None:
-            return self._rotate((query,), (query_positions,), (0,), backend)[0], None
         rope_op.check_positions("key_positions", key_positions, self.sections, batch, tokens)
-        return self._rotate((query, key), (query_positions, key_positions), (0, 0), backend)
+        return self._rotate(query, key, query_positions, key_positions, 0, backend)
 
     def check(self, head_dim: int):
         if 2 * self.cos.shape[1] > head_dim:
@@ -273,14 +271,19 @@ class Rope:
         if rows > self.cos.shape[0]:
             raise ValueError(f"rope: tables of {self.cos.shape[0]} positions are too short for {rows} {what}")
 
-    def _rotate(self, tensors, positions, first, backend) -> tuple[Tensor, ...]:
-        device = tensors[0].device
-        cos, sin, *positions = (
-            t if t is None or t.device == device else t.to(device) for t in (self.cos, self.sin, *positions)
-        )
-        names = ("query_positions", "key_positions")[: len(tensors)]
-        call = rope_op.Call(tensors, tuple(positions), first, cos, sin, self.sections, self.interleaved, names=names)
-        return rope_op.rotate(call, backend)
+    def _rotate(self, query, key, query_positions, key_positions, query_first, backend) -> tuple[Tensor, Tensor | None]:
+        device = query.device
+        tensors = [
+            t if t is None or t.device == device else t.to(device)
+            for t in (self.cos, self.sin, query_positions, key_positions)
+        ]
+        count = 1 if key is None else 2
+        call = rope_op.Call(
+            (query, key)[:count], tuple(tensors[2:])[:count], (query_first, 0)[:count], *tensors[:2], self.sections,
+            self.interleaved, names=("query_positions", "key_positions")[:count],
+        )  # fmt: skip
+        rotated = rope_op.rotate(call, backend)
+        return rotated if count == 2 else (*rotated, None)
 
 
 def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
