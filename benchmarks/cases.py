@@ -11,10 +11,12 @@ from typing import Any
 from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .op import Op
+from .rope import ROPE
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
     "decode_attention": DECODE,
+    "apply_rope": ROPE,
 }
 
 
