@@ -8,11 +8,12 @@
 // other, so that a table row comes from L1 or L2 for all heads but the first. Inside, the order of heads and positions is
 // the input's order in memory. Large outputs are written past the caches.
 //
-// NOTES (two threads of a Zen 4, (1, 32, 2048, 128), the machine shared: medians drift by 20%)
-//   Against clone() of the same tensor with memory reused: 1.04 to 1.3 times its speed in float32, 0.8 to 1.3 in bfloat16.
-//   Stores past the caches are what does it: 2.2 ms where ordinary stores take 3.5 (float32). Prefetch 4 KB ahead: bfloat16
-//   1.3 to 0.9 ms. Blocks of 64 positions with all heads (16 KB runs) were 15 to 25% slower than 256 to 512 with a few heads.
-//   g++ 12 widens bfloat16 in two halves where it is left to convert vectors: 5.0 to 3.6 ns a vector (simd.h, widen).
+// NOTES (two threads of a Zen 4, (1, 32, 2048, 128), memory reused between calls; the machine is shared, medians drift by 15%)
+//   1.65 ms in float32 and 0.93 to 1.03 in bfloat16, where clone() of the same tensor takes 2.02 and 0.85 to 1.10.
+//   Ordinary stores in place of those past the caches: 2.64 and 1.46 ms. No prefetch: 1.84 and 1.25 ms; 1, 2 or 8 KB ahead
+//   in place of 4 are within 8%. Blocks of 64 positions with all heads (runs of 16 KB) were 15 to 25% slower than these;
+//   tasks of 256 KB or 1 MB, and table blocks of 128 KB to 1 MB, make no difference.
+//   g++ 12 widens bfloat16 in two halves where it is left to convert vectors (simd.h, widen): 5.0 to 3.6 ns for 16 pairs.
 //   A result of 32 MiB and more is mapped afresh by glibc at every call; huge pages (launch.h) take that from 15 to 6 ms.
 #include "rope.h"
 #include "simd.h"
