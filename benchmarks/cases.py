@@ -11,9 +11,11 @@ from typing import Any
 from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .op import Op
+from .t5_attention import T5_ATTENTION
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
+    "t5_attention": T5_ATTENTION,
     "decode_attention": DECODE,
 }
 
