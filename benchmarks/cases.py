@@ -12,9 +12,11 @@ from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .op import Op
 from .rope import ROPE
+from .t5_attention import T5_ATTENTION
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
+    "t5_attention": T5_ATTENTION,
     "decode_attention": DECODE,
     "apply_rope": ROPE,
 }

@@ -40,3 +40,8 @@ class Op:
     tail: Callable[[dict[str, Any], int], dict[str, Any]]  # (inputs or results, rows) -> those of the last rows alone
     naive: Callable[[dict[str, Any]], torch.Tensor]  # the plain formula in the case's dtype: the yardstick for errors
     peers: Callable[[str], list[Any]]  # device type -> who is timed beside xformer_fast
+    # (xformer_fast or its reference, inputs, backend=...) -> result; None: calls the function that has the op's name
+    call: Callable[..., torch.Tensor] | None = None
+
+    def caller(self, name: str) -> Callable[..., torch.Tensor]:
+        return self.call or (lambda module, inputs, **keywords: getattr(module, name)(**inputs, **keywords))

@@ -49,8 +49,8 @@ class Peer:
 class XformerFast(Peer):
     """The package itself: with the backend that it chooses, or with a named one."""
 
-    def __init__(self, op: str, backend: str | None = None):
-        self.op, self.backend = op, backend
+    def __init__(self, op: str, backend: str | None = None, caller: Callable[..., Any] | None = None):
+        self.op, self.backend, self.caller = op, backend, caller
         self.name = f"xformer_fast:{backend}" if backend else "xformer_fast"
 
     @property
@@ -62,7 +62,9 @@ class XformerFast(Peer):
     def prepare(self, case, inputs):
         import xformer_fast
 
-        return Prepared(functools.partial(getattr(xformer_fast, self.op), backend=self.backend, **inputs))
+        if self.caller is None:
+            return Prepared(functools.partial(getattr(xformer_fast, self.op), backend=self.backend, **inputs))
+        return Prepared(functools.partial(self.caller, xformer_fast, inputs, backend=self.backend))
 
 
 class Naive(Peer):

@@ -362,7 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def peers_of(op: str, device: str, backends: Iterable[str | None] = (None,)) -> list[Peer]:
     """Every peer that could be asked on this device type, xformer_fast first."""
-    return [*(XformerFast(op, backend) for backend in backends), *OPS[op].peers(device)]
+    return [*(XformerFast(op, backend, OPS[op].call) for backend in backends), *OPS[op].peers(device)]
 
 
 def chosen_peers(op: str, device: str, *, backends: str | None, names: str | None, quick: bool) -> list[Peer]:

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
     a.lse_head = lse.stride(1);
     double keys = 0;
     for (int64_t n : lengths.values) keys += static_cast<double>(n > a.left ? a.left + 1 : n);
-    Call call(static_cast<double>(a.heads_q * a.seqlen_q * (a.head_dim + a.head_dim_v)) * keys);
+    Call call(4. * static_cast<double>(a.heads_q * a.seqlen_q * (a.head_dim + a.head_dim_v)) * keys);  // memory-bound
     XF_KERNELS(decode_kernels).forward(d, call.pool());
   }
   return {out, lse};

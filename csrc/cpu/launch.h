@@ -38,7 +38,7 @@ inline AlignedBuffer aligned_buffer(size_t bytes) {
 // One launcher call: owns the workspaces its kernel asks for, bounds its threads by the size of the work.
 class Call {
  public:
-  // `work`: multiply-adds in all; below a few hundred thousand a thread, waking threads costs more than it brings.
+  // `work`: multiply-adds in all; below a million or so a thread, waking threads costs more than it brings.
   explicit Call(double work) : pool_{&Call::run, &Call::allocate, this} {
     const double useful = work / kWorkPerThread;
     max_threads() = useful < 1 ? 1 : useful < 1e6 ? static_cast<int64_t>(useful) : 1000000;
@@ -47,7 +47,7 @@ class Call {
   const Pool& pool() const { return pool_; }
 
  private:
-  static constexpr double kWorkPerThread = 2.5e5;
+  static constexpr double kWorkPerThread = 1.5e6;
 
   static int64_t& max_threads() {
     static thread_local int64_t limit = 1;

@@ -40,7 +40,7 @@ class Prepared {
                       " positions are too short for ", first + r.length, " rows of ", name);
     }
     if (in.data_ptr() != out.data_ptr()) prefer_huge_pages(out);
-    work_ += 8. * static_cast<double>(in.numel());  // memory, not arithmetic, is what it takes
+    work_ += 32. * static_cast<double>(in.numel());  // memory, not arithmetic, is what it takes
     ++count_;
   }
 

@@ -332,7 +332,7 @@ def _rotate_packed(call: Call):
     )
 
 
-def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
+def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
     """Runs a checked call on a registered operator: what kernels do not take is composed before it."""
 
     def run(call: Call):
@@ -383,22 +383,24 @@ def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tu
             sums,
         )
         if torch.compiler.is_compiling():
-            out, lse, _ = forward(*arguments)
+            out, lse, _ = kernels.forward(*arguments)
         else:
-            out, lse, _ = _run_eagerly(forward, twin, arguments)
+            out, lse, _ = _run_eagerly(kernels, arguments)
         return (out, lse) if call.return_lse else out
 
     return run
 
 
-def _run_eagerly(forward: Callable, twin: type, arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _run_eagerly(kernels: operator.Operator, arguments) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if torch._C._are_functorch_transforms_active():
-            return twin.apply(*arguments)
+            return kernels.transformed.apply(*arguments)
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return forward(*arguments)
+            if torch.is_autocast_enabled(arguments[0].device.type):
+                return kernels.forward(*arguments)
+            return kernels.eager.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
-            return forward(*arguments[:-2], False, False)
+            return kernels.forward(*arguments[:-2], False, False)
     except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
         _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
         if not ours or message.startswith("out of memory"):
@@ -458,11 +460,11 @@ def _triton_runner() -> Callable:
 
     keys = ("CUDA", "CPU") if triton_problem() is None else ("CUDA",)
     operator.define("triton", forward, backward, keys)
-    return kernel_runner(*operator.register("triton"))
+    return kernel_runner(operator.register("triton"))
 
 
 def _cpu_runner() -> Callable:
-    return kernel_runner(*operator.register("cpu")) if build_problem() is None else run_reference
+    return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
 
 
 TABLE = Table(

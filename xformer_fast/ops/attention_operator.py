@@ -9,6 +9,7 @@ in eager mode: it recomputes through the reference formula.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,11 +45,16 @@ def define(backend: str, forward=None, backward=None, keys=("CUDA", "CPU")):
             _LIBRARY.impl(name, function, key)
 
 
-def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
-    """Registers fake, autograd and autocast rules of a defined pair; returns the forward operator and its twin.
+class Operator(NamedTuple):
+    """The forward operator of a backend, and autograd.Functions over the same kernels for who cannot use it as it is."""
 
-    The twin is an autograd.Function over the same operators: torch.func's transforms take that and no other.
-    """
+    forward: Callable
+    eager: type[torch.autograd.Function]  # the operator's own autograd wrapper costs 100 us a call more; no autocast
+    transformed: type[torch.autograd.Function]  # what torch.func's transforms take, and no other
+
+
+def register(backend: str) -> Operator:
+    """Registers fake, autograd and autocast rules of a defined pair."""
     forward = getattr(torch.ops.xformer_fast, f"attention_{backend}").default
     backward = getattr(torch.ops.xformer_fast, f"attention_{backend}_backward").default
     torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
@@ -60,8 +66,14 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
         query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 8, 9)]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        run = backward_twin.apply if torch._C._are_functorch_transforms_active() else backward
-        grads = run(grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs)
+        arguments = grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs
+        if torch._C._are_functorch_transforms_active():
+            grads = backward_twin.apply(*arguments)
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            grads = backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = backward(*arguments)
         mask, *rest = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
         return *grads[:3], mask, None, None, None, *rest, *[None] * 11
 
@@ -69,7 +81,16 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
         _register_autocast(forward, device)
-    return forward, _twin(forward, _save_forward, first_order)
+
+    def forward_eagerly(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = forward(*inputs)
+        _save_forward(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(first_order)}
+    eager = type(f"{forward.name()}::eager", (torch.autograd.Function,), members)
+    return Operator(forward, eager, _twin(forward, _save_forward, first_order))
 
 
 def _twin(operator, setup_context, backward) -> type[torch.autograd.Function]:
