@@ -4,7 +4,7 @@
     make gpu-proof OUT=dir PART=tests     one part; each stays under 9 minutes, so that it fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
-Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, attention.csv, a report, and
+Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, one CSV an op, a report, and
 proven.json, which is also written to xformer_fast/: what `dispatch` chooses by default on a GPU.
 `python -m benchmarks.plot OUT/attention.csv` draws the plots.
 
@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROVEN = ROOT / "xformer_fast" / "proven.json"
 PART_SECONDS = 510
 CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
-PEERS = "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"
+PEERS = {
+    "attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex",
+    "apply_rope": "naive,rotate-half,rotate-half-compiled,halves-compiled,clone,liger",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Job:
 
     case: str
     dtype: str
+    op: str = "attention"
 
 
 def benchmark_parts() -> dict[str, list[Job]]:
@@ -58,6 +62,8 @@ def benchmark_parts() -> dict[str, list[Job]]:
         plain = plain and not (case.window or case.padded or case.alibi or case.bias)
         parts[f"bench-d{case.head_dim}" if plain else "bench-options"].append(Job(case.name, "bfloat16"))
     parts["bench-dtypes"] = [Job(case.name, dtype) for dtype in ("float16", "float32") for case in cases if case.quick]
+    rotations = select("apply_rope", device="cuda")
+    parts["bench-rope"] = [Job(case.name, t, "apply_rope") for case in rotations for t in ("bfloat16", "float32")]
     return parts
 
 
@@ -175,7 +181,7 @@ def jobs_done(path: Path, now: str) -> set[Job]:
     if any(row["commit"].removesuffix("-dirty") != now.removesuffix("-dirty") for row in rows):  # proven.json dirties
         path.rename(path.with_suffix(".old.csv"))
         return set()
-    return {Job(row["case"], row["dtype"]) for row in rows}
+    return {Job(row["case"], row["dtype"], row.get("op", "attention")) for row in rows}
 
 
 def append(source: Path, target: Path) -> None:
@@ -187,15 +193,26 @@ def append(source: Path, target: Path) -> None:
 
 def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report: Report) -> bool:
     """Runs what is not in the CSV yet, until time is out. True if nothing was wrong and nothing is left."""
-    end, path = time.monotonic() + seconds, out / "attention.csv"
+    end, path = time.monotonic() + seconds, out / f"{jobs[0].op}.csv"
     done, fine = jobs_done(path, commit()), True
     left = [job for job in jobs if job not in done]
     while left and time.monotonic() < end - 20:
         job = left.pop(0)
         rows = out / ".rows.csv"
         rows.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--backend", "triton", "--peer", PEERS]
-        command += ["--case", job.case, "--dtype", job.dtype, "--seconds", "1", "--out", str(rows)]
+        command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--backend", "triton", "--op", job.op]
+        command += [
+            "--peer",
+            PEERS[job.op],
+            "--case",
+            job.case,
+            "--dtype",
+            job.dtype,
+            "--seconds",
+            "1",
+            "--out",
+            str(rows),
+        ]
         print(f"{part}: {job.case} {job.dtype}, {len(left)} to go", flush=True)
         limit = min(CASE_SECONDS, end - time.monotonic())
         status, output = run(command, limit)
@@ -218,7 +235,7 @@ def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report
 def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     """Speed against each peer, from the CSV."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if Job(row["case"], row["dtype"]) in jobs]
+        rows = [row for row in csv.DictReader(file) if Job(row["case"], row["dtype"], jobs[0].op) in jobs]
     cells = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -226,7 +243,7 @@ def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     report(f"- {part}: {len(cells)} cells, {sum(row['status'] == 'wrong' for row in rows)} wrong results")
     for mode in sorted({mode for _, _, mode in cells}):
         parts = []
-        for peer in PEERS.split(","):
+        for peer in PEERS[jobs[0].op].split(","):
             ratios = [
                 times[peer] / times["xformer_fast"]
                 for key, times in cells.items()
