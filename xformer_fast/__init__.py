@@ -8,8 +8,10 @@ torch.Size([1, 8, 256, 64])
 
 from . import reference
 from .dispatch import BackendUnavailable
+from .feature_maps import FavorPlus
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from .ops.linear_attention import linear_attention, linear_attention_step
 from .positions import DistanceBias, Rope, T5Bias, alibi_slopes
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DistanceBias",
+    "FavorPlus",
     "PatchReport",
     "Rope",
     "T5Bias",
@@ -24,6 +27,8 @@ __all__ = [
     "attention",
     "explain",
     "info",
+    "linear_attention",
+    "linear_attention_step",
     "patch",
     "reference",
     "register_transformers",

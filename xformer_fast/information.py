@@ -8,11 +8,13 @@ import torch
 from . import build_info
 from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
+from .ops import linear_attention as linear_attention_ops
 
 # Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
 _EXPLAIN = {
     "attention": functools.partial(attention_ops.explain, attention_ops.attention),
     "varlen_attention": functools.partial(attention_ops.explain, attention_ops.varlen_attention),
+    "linear_attention": linear_attention_ops.explain,
 }
 
 
@@ -47,11 +49,11 @@ def info() -> str:
         f"instruction sets: {', '.join(build_info.isa_levels()) or '-'}; "
         f"this CPU: {build_info.cpu_isa() or '-'}; in use: {build_info.selected_isa() or '-'}",
         "",
-        f"{'op':<12}{'backend':<12}state",
+        f"{'op':<18}{'backend':<12}state",
     ]
     for op, table in TABLES.items():
         for backend in table.backends:
-            lines.append(f"{op:<12}{backend.name:<12}{_state(op, backend)}")
+            lines.append(f"{op:<18}{backend.name:<12}{_state(op, backend)}")
     return "\n".join(lines)
 
 
