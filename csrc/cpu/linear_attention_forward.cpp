@@ -18,7 +18,7 @@
 // depends on the shape alone, so results have the same bits for any number of threads.
 //
 // bfloat16 with XF_BF16_DOT multiplies pairs: phi(Q), phi(K), P and a copy of S are rounded to bfloat16, sums are float32.
-// Otherwise half types are converted to float32 as they are loaded.
+// With decay, whose weights would be rounded as well, and otherwise, half types are converted to float32 as they are loaded.
 //
 // Not here: one pass over the keys for all query heads of a group when causal (with decay each has a state of its own).
 #include "linear_attention_tiles.h"
@@ -26,11 +26,6 @@
 namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
 namespace {
-
-template <class T> struct Product { typedef float Type; };
-#if defined(XF_BF16_DOT)
-template <> struct Product<bfloat16> { typedef bfloat16 Type; };
-#endif
 
 struct Plan {
   const LinearAttention* attention;
@@ -395,9 +390,8 @@ void query_task(void* context, int64_t task, char* scratch) {
   }
 }
 
-template <class T>
+template <class T, class C>
 void forward_of(const LinearAttention& a, const Pool& pool) {
-  typedef typename Product<T>::Type C;
   Plan plan;
   plan.attention = &a;
   plan.ldk = padded(a.head_dim);
@@ -429,9 +423,13 @@ void forward_of(const LinearAttention& a, const Pool& pool) {
 
 void linear_attention_forward(const LinearAttention& a, const Pool& pool) {
   switch (a.element) {
-    case Element::float32: return forward_of<float>(a, pool);
-    case Element::bfloat16: return forward_of<bfloat16>(a, pool);
-    case Element::float16: return forward_of<float16>(a, pool);
+    case Element::float32: return forward_of<float, float>(a, pool);
+    case Element::bfloat16:
+#if defined(XF_BF16_DOT)
+      if (!a.decay) return forward_of<bfloat16, bfloat16>(a, pool);
+#endif
+      return forward_of<bfloat16, float>(a, pool);
+    case Element::float16: return forward_of<float16, float>(a, pool);
     case Element::boolean: return;
   }
 }

@@ -248,27 +248,28 @@ struct Decay {
 
   void start(const LinearAttention& a, int64_t h) {
     active = a.decay != nullptr;
-    power[0] = 1.f;
-    for (int n = 1; n < kChunk + kLanes; ++n) {
-      const float base = active ? a.decay[h] : 1.f;
-      power[n] = n == 1 ? base : power[n / 2] * power[n - n / 2];
-    }
+    base_ = active ? double(a.decay[h]) : 1.;
+    double p = 1.;  // each power is rounded once: a walk of many chunks multiplies many of them
+    for (int n = 0; n < kChunk + kLanes; ++n, p *= base_) power[n] = float(p);
   }
   // decay^n for any n >= 0.
   float at(int64_t n) const {
-    float result = 1.f, square = power[1];
+    double result = 1., square = base_;
     for (; n > 0; n >>= 1, square *= square)
       if (n & 1) result *= square;
-    return result;
+    return float(result);
   }
   // Weights of a chunk of n rows: to its end from row j, and to row i from the state before position `first` rows away.
   void weigh(int64_t n, int64_t first) {
     for (int64_t j = 0; j < n; ++j) down[j] = power[n - 1 - j];
     for (int64_t i = 0; i < n; ++i) {
       const int64_t distance = first + i;
-      up[i] = distance >= 0 && distance <= kChunk ? power[distance] : distance < 0 ? 1.f / at(-distance) : at(distance);
+      up[i] = distance < 0 ? 1.f / at(-distance) : power[distance];
     }
   }
+
+ private:
+  double base_ = 1.;
 };
 
 // ---- chunks ----
