@@ -3,8 +3,8 @@
     o_i = scale φ(q_i)·S_i / (scale φ(q_i)·z_i + eps),   S_i = Σ_j decay^(p_i - j) φ(k_j) v_jᵀ + decay^(p_i + 1) S_0
 
 Positions are cut into chunks of CHUNK; a program owns a head, a segment of its chunks and BLOCK_V channels of the value,
-and carries S [D, BLOCK_V] in float32. The state of a chunk that starts at p0 is taken at time m = clamp(p0, 0, key limit):
-it stands still before the first key and after the last, so queries outside the keys, key lengths and the final state
+and carries S [D, BLOCK_V] in float32. The state of a chunk that starts at p0 is taken at time m = clamp(p0, 0, limit): it
+stands still before the first key and after the last, so that queries outside the keys, key lengths and the final state
 need no case of their own. Weights from the state to query i are decay^(p_i + 1 - m), from key j to the next state
 decay^(m' - 1 - j). The same kernel walks backward for the gradient of the value, keys and queries changing places.
 
@@ -69,6 +69,16 @@ def store_rows(tensor, base, rows, inside, first_column, x, WIDTH: tl.constexpr,
 
 
 @triton.jit
+def add_product(a, b, acc, SPLIT: tl.constexpr):
+    """acc + aᵀ b for a float32 a. SPLIT: what rounding a to half leaves is a product of its own (weights are not exact)."""
+    high = a.to(b.dtype)
+    acc = dot(tl.trans(high), b, acc)
+    if SPLIT and b.dtype != tl.float32:
+        acc = dot(tl.trans((a - high.to(tl.float32)).to(b.dtype)), b, acc)
+    return acc
+
+
+@triton.jit
 def load_vector(pointer, rows, inside):
     return tl.load(pointer + rows, mask=inside, other=0.0)
 
@@ -114,7 +124,9 @@ def weights_of(positions, rate, now, later):
 
 
 @triton.jit
-def state_pointers(kv, stream, first_column, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def state_pointers(
+    kv, stream, first_column, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr
+):
     """Pointers into (.., D, DV) and which of them are inside."""
     rows, columns = tl.arange(0, BLOCK_D), first_column + tl.arange(0, BLOCK_V)
     pointers = kv + stream.to(tl.int64) * (D * DV) + rows[:, None] * DV + columns[None, :]
@@ -158,7 +170,7 @@ def linear_state_kernel(
             phi_b *= (from_state if BACKWARD else to_state)[:, None]
             state *= keep
             total *= keep
-        state = dot(tl.trans(phi_b.to(tile_c.dtype)), tile_c, state)
+        state = add_product(phi_b, tile_c, state, decay is not None)
         total += tl.sum(phi_b * z_weight[:, None], 0)
     pointers, whole = state_pointers(kv, tl.program_id(0), first_v, D, DV, BLOCK_D, BLOCK_V)
     tl.store(pointers, state, mask=whole)
@@ -176,7 +188,7 @@ def linear_prefix_kernel(
     stream, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    first, length_q, limit, shift = shape_of(batch, cu_seqlens, key_lengths, rows_q, rows_k)
+    _, _, limit, shift = shape_of(batch, cu_seqlens, key_lengths, rows_q, rows_k)
     rate = rate_of(decay, head)
     run = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
@@ -259,7 +271,7 @@ def linear_walk_kernel(
                 phi_b *= tl.where(b_inside, b_weight, 0.0)[:, None]
                 state *= keep
                 total *= keep
-            state = dot(tl.trans(phi_b.to(dtype)), tile_c, state)
+            state = add_product(phi_b, tile_c, state, decay is not None)
             total += tl.sum(phi_b, 0)
         if not BACKWARD:
             if NORMALIZE:
@@ -314,9 +326,7 @@ class Problem:
 
     def new_states(self, segments: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self.streams * segments, self.dim
-        return tuple(
-            torch.empty(s, dtype=torch.float32, device=self.device) for s in ((*shape, self.dim_v), shape)
-        )
+        return tuple(torch.empty(s, dtype=torch.float32, device=self.device) for s in ((*shape, self.dim_v), shape))
 
     def constants(self, block_v: int) -> dict:
         blocks = {"D": self.dim, "DV": self.dim_v, "CHUNK": self.chunk, "BLOCK_D": block_width(self.dim)}
