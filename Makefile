@@ -20,7 +20,7 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_attention_triton.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_attention_triton.py tests/ops/test_linear_attention_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
 	$(BIN)/ruff check .

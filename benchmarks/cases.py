@@ -9,10 +9,12 @@ import math
 from typing import Any
 
 from .attention import ATTENTION, sweep_cases
+from .linear_attention import LINEAR_ATTENTION
 from .op import Op
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
+    "linear_attention": LINEAR_ATTENTION,
 }
 
 

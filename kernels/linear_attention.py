@@ -2,11 +2,11 @@
 
     o_i = scale φ(q_i)·S_i / (scale φ(q_i)·z_i + eps),   S_i = Σ_j decay^(p_i - j) φ(k_j) v_jᵀ + decay^(p_i + 1) S_0
 
-Positions are cut into chunks of CHUNK; a program owns a head, a segment of its chunks and BLOCK_V channels of the value,
-and carries S [D, BLOCK_V] in float32. The state of a chunk that starts at p0 is taken at time m = clamp(p0, 0, limit): it
-stands still before the first key and after the last, so that queries outside the keys, key lengths and the final state
-need no case of their own. Weights from the state to query i are decay^(p_i + 1 - m), from key j to the next state
-decay^(m' - 1 - j). The same kernel walks backward for the gradient of the value, keys and queries changing places.
+Positions are cut into chunks of CHUNK; a program owns a head, a segment of its chunks and BLOCK_V channels of the
+value, and carries S [D, BLOCK_V] in float32. The state of a chunk that starts at p0 is taken at time m = clamp(p0, 0,
+limit): it stands still before the first key and after the last, so that queries outside the keys, key lengths and the
+final state need no case of their own. Weights from the state to query i are decay^(p_i + 1 - m), from key j to the next
+state decay^(m' - 1 - j). The same kernel walks backward for the gradient of the value, keys and queries changing places.
 
 Where heads are few a sequence is cut into segments: `linear_state_kernel` sums each one's state, `linear_prefix_kernel`
 runs over them, and every segment then starts from its own; not causal, the same two kernels give the whole state. The
@@ -70,7 +70,7 @@ def store_rows(tensor, base, rows, inside, first_column, x, WIDTH: tl.constexpr,
 
 @triton.jit
 def add_product(a, b, acc, SPLIT: tl.constexpr):
-    """acc + aᵀ b for a float32 a. SPLIT: what rounding a to half leaves is a product of its own (weights are not exact)."""
+    """acc + aᵀ b for a float32 a. SPLIT: what rounding a to half loses is a product of its own."""
     high = a.to(b.dtype)
     acc = dot(tl.trans(high), b, acc)
     if SPLIT and b.dtype != tl.float32:
@@ -184,7 +184,7 @@ def linear_prefix_kernel(
     states, initial, final, cu_seqlens, key_lengths, decay, size, rows_q, rows_k, heads, segments, chunks,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """states[stream, segment] of `size` numbers: what each adds becomes what each starts from; final: after the last."""
+    """states[stream, segment], `size` numbers: what each adds becomes what each starts from; final: after the last."""
     stream, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -302,7 +302,7 @@ class Problem:
         self.lengths, self.cu_seqlens, self.decay = key_lengths, cu_seqlens, decay
         self.dim, self.dim_v, self.causal = query.shape[-1], value.shape[-1], causal
         wide = max(block_width(self.dim), block_width(self.dim_v))
-        self.chunk = 64 if wide <= 64 else 32
+        self.chunk = 64 if wide <= 64 and query.dtype != torch.float32 else 32
         self.device = query.device
         self.map = feature_map
         self.sequence = cu_seqlens, key_lengths, decay
@@ -321,7 +321,7 @@ class Problem:
 
     def block(self, carried: int, width: int) -> int:
         """Channels of `width` that a program carries beside all of `carried`."""
-        most = 64 if block_width(carried) <= 64 else 32
+        most = 64 if block_width(carried) <= 64 else 32 if block_width(carried) <= 128 else 16
         return min(most, block_width(width))
 
     def new_states(self, segments: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,7 +331,7 @@ class Problem:
     def constants(self, block_v: int) -> dict:
         blocks = {"D": self.dim, "DV": self.dim_v, "CHUNK": self.chunk, "BLOCK_D": block_width(self.dim)}
         blocks |= {"BLOCK_V": block_v, "MAP": self.map, "CAUSAL": self.causal}
-        return blocks | {"num_warps": 4, "num_stages": 2 if block_width(self.dim) <= 128 else 1}
+        return blocks | {"num_warps": 8 if self.causal else 4, "num_stages": 2 if block_width(self.dim) <= 128 else 1}
 
     def sums(self, b, c, b_scale, b_weight, initial, segments, chunks, *, backward: bool):
         """States by segment, as each starts, and the whole: ((kv, z), (kv, z))."""

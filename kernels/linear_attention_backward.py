@@ -1,14 +1,14 @@
-"""Linear attention in Triton, backward, with g_i = scale dO_i / den_i, h_i = -scale (dO_i·O_i) / den_i (0: no normaliser):
+"""Linear attention in Triton, backward: g_i = scale dO_i / den_i, h_i = -scale (dO_i·O_i) / den_i, 0 if not normalised,
 
     dφ(q_i) = Σ_j w_ij (g_i·v_j + h_i) φ(k_j)
     dφ(k_j) = Σ_i w_ij (g_i·v_j + h_i) φ(q_i)
     dv_j    = Σ_i w_ij (φ(q_i)·φ(k_j)) g_i
 
-The first two are one kernel, which carries the transposed state [DV, BLOCK_D] along the sequence for queries and against
-it for keys; the last is the forward's walk, backward. Each owns a head, a segment, and a block of the channels that it
-writes. States are recomputed in float32; nothing per chunk is kept. Gradients of key and value are written by query
-head and summed over the group after. The decay's gradient carries M = dS / d log(decay) as well, over a whole sequence.
-No float atomics: the same call gives the same bits.
+The first two are one kernel, which carries the transposed state [DV, BLOCK_D] along the sequence for queries and
+against it for keys; the last is the forward's walk, backward. Each owns a head, a segment, and a block of the channels
+that it writes. States are recomputed in float32; nothing per chunk is kept. Gradients of key and value are written by
+query head and summed over the group after. The decay's gradient carries M = dS / d log(decay) as well, over a whole
+sequence. No float atomics: the same call gives the same bits.
 """
 
 import torch

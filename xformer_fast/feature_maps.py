@@ -16,7 +16,7 @@ MOST_TAYLOR_DIM = 32
 
 
 def taylor(x: Tensor) -> Tensor:
-    """φ(q)·φ(k) = 1 + q·k + (q·k)²/2, the exponential to second order: 1 + D + D² features (Arora et al., "Based", 2024)."""
+    """φ(q)·φ(k) = 1 + q·k + (q·k)²/2, to second order: 1 + D + D² features (Arora et al., "Based", 2024)."""
     products = (x[..., :, None] * x[..., None, :]).flatten(-2) * math.sqrt(0.5)
     return torch.cat((torch.ones_like(x[..., :1]), x, products), -1)
 

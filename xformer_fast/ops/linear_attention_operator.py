@@ -104,7 +104,7 @@ def _backward_fake(grad_out, grad_kv, grad_z, query, key, value, out, denominato
 def _save_forward(ctx, inputs, output):
     query, key, value, *options = inputs
     ctx.set_materialize_grads(False)
-    out, kv, z, denominator = output
+    out, _, _, denominator = output
     ctx.mark_non_differentiable(denominator)
     ctx.save_for_backward(query, key, value, out, denominator, *options[:5])
     ctx.numbers = options[5:]
