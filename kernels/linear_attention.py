@@ -6,13 +6,14 @@ Positions are cut into chunks of CHUNK; a program owns a head, a segment of its 
 value, and carries S [D, BLOCK_V] in float32. The state of a chunk that starts at p0 is taken at time m = clamp(p0, 0,
 limit): it stands still before the first key and after the last, so that queries outside the keys, key lengths and the
 final state need no case of their own. Weights from the state to query i are decay^(p_i + 1 - m), from key j to the
-next state decay^(m' - 1 - j). The same kernel walks backward for the gradient of the value, keys and queries changing places.
+next state decay^(m' - 1 - j). The same kernel walks backward for the gradient of the value: keys and queries change
+places.
 
 Where heads are few a sequence is cut into segments: `linear_state_kernel` sums each one's state, `linear_prefix_kernel`
 runs over them, and every segment then starts from its own; not causal, the same two kernels give the whole state. The
 cut depends on the shape alone. Not here: the "softmax" map, applied in torch around the kernels, since blocks of
-channels do not see whole rows; one state for the query heads of a group. No GPU has run or timed any of it; compiled for
-sm_90, the causal walk spills a few registers at head dim 256 and in float32.
+channels do not see whole rows; one state for the query heads of a group. No GPU has run or timed any of it;
+compiled for sm_90, the causal walk spills a few registers at head dim 256 and in float32.
 """
 
 import torch
