@@ -21,6 +21,12 @@
 // With decay, whose weights would be rounded as well, and otherwise, half types are converted to float32 as they are loaded.
 //
 // Not here: one pass over the keys for all query heads of a group when causal (with decay each has a state of its own).
+//
+// NOTES (Zen 4, two cores, FMA ceiling 222 GF/s, elu, (1,8,8192,64), fresh output each call)
+//   - float32: not causal 8.4-10 ms (107-127 GF/s), causal 11.8 ms (136 GF/s of three products a token, 3.25 are computed).
+//     bfloat16: 6.9 and 9.3 ms.
+//   - The triangle in squares of 16 computes 10/16 of both in-chunk products.
+//   - Powers of decay are formed in double and rounded once: by repeated float squaring, 1,200 tokens erred by 3e-6.
 #include "linear_attention_tiles.h"
 
 namespace xformer_fast {

@@ -99,7 +99,7 @@ class Case:
         out, state = function(**keywords, **self.options, return_state=True)
         generator = torch.Generator().manual_seed(7)
         results = {"out": out, "state kv": state[0], "state z": state[1]}
-        weights = [torch.randn(t.shape, generator=generator).to(self.dtype).to(t.dtype) for t in results.values()]
+        weights = [torch.randn(t.shape, generator=generator).to(self.dtype).to(t) for t in results.values()]
         grads = torch.autograd.grad(
             list(results.values()), [leaves[n] for n in wanted], weights, allow_unused=True, materialize_grads=True
         )
