@@ -139,15 +139,15 @@ def test_random_calls(seed, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("heads", [1, 9])
+@pytest.mark.parametrize("heads", [1, 8])
 def test_segments(causal, heads, monkeypatch):
     """Long enough that few heads are split inside the sequence, and many are not."""
     torch.manual_seed(0)
     case = Case(0, torch.float32)
-    length = 1500
+    length = 1100
     case.tensors = {n: torch.randn(1, heads, length, 5) * 0.7 for n in ("query", "key", "value")}
     case.tensors |= {"kv": torch.rand(1, heads, 5, 5), "z": torch.rand(1, heads, 5)}
-    case.options = {"causal": causal, "key_lengths": torch.tensor([1203])}
+    case.options = {"causal": causal, "key_lengths": torch.tensor([903])}
     if causal:
         case.tensors["decay"] = 1 - torch.logspace(-4, -1, heads)
     truth, naive = case.evaluate(reference.linear_attention, torch.float64), case.evaluate(reference.linear_attention)
