@@ -114,7 +114,7 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     args = parser.parse_args()
     results = {name: train(name, args.steps) for name in MIXERS}
