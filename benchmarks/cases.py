@@ -10,6 +10,7 @@ from typing import Any
 
 from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
+from .linear_attention import LINEAR_ATTENTION
 from .op import Op
 from .rope import ROPE
 from .t5_attention import T5_ATTENTION
@@ -19,6 +20,7 @@ OPS: dict[str, Op] = {
     "t5_attention": T5_ATTENTION,
     "decode_attention": DECODE,
     "apply_rope": ROPE,
+    "linear_attention": LINEAR_ATTENTION,
 }
 
 

@@ -4,7 +4,7 @@
     make gpu-proof OUT=dir PART=tests     one part; each stays under 9 minutes, so that it fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
-Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, one CSV an op, a report, and
+Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, <op>.csv, a report, and
 proven.json, which is also written to xformer_fast/: what `dispatch` chooses by default on a GPU.
 `python -m benchmarks.plot OUT/attention.csv` draws the plots.
 
@@ -36,34 +36,34 @@ ROOT = Path(__file__).resolve().parent.parent
 PROVEN = ROOT / "xformer_fast" / "proven.json"
 PART_SECONDS = 510
 CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
-PEERS = {
-    "attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex",
-    "apply_rope": "naive,rotate-half,rotate-half-compiled,halves-compiled,clone,liger",
-}
+PEERS = {"attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"}  # of the other ops: all that they have
 
 
 @dataclass(frozen=True)
 class Job:
     """One benchmark case in one dtype, all its modes: a process of its own, for a fault ends a CUDA context."""
 
+    op: str
     case: str
     dtype: str
-    op: str = "attention"
 
 
 def benchmark_parts() -> dict[str, list[Job]]:
     """The benchmark's parts, what a quick look needs first."""
-    from benchmarks.cases import select
+    from benchmarks.cases import OPS, select
 
     cases = sorted(select("attention", device="cuda"), key=lambda case: not case.quick)
     parts: dict[str, list[Job]] = {"bench-d64": [], "bench-d128": [], "bench-d256": [], "bench-options": []}
     for case in cases:
         plain = case.seqlen_q == case.seqlen_k > 1000 and case.heads == case.heads_kv
         plain = plain and not (case.window or case.padded or case.alibi or case.bias)
-        parts[f"bench-d{case.head_dim}" if plain else "bench-options"].append(Job(case.name, "bfloat16"))
-    parts["bench-dtypes"] = [Job(case.name, dtype) for dtype in ("float16", "float32") for case in cases if case.quick]
-    rotations = select("apply_rope", device="cuda")
-    parts["bench-rope"] = [Job(case.name, t, "apply_rope") for case in rotations for t in ("bfloat16", "float32")]
+        parts[f"bench-d{case.head_dim}" if plain else "bench-options"].append(Job("attention", case.name, "bfloat16"))
+    for op in OPS:
+        if op != "attention":
+            of_op = sorted(select(op, device="cuda"), key=lambda case: not case.quick)
+            parts[f"bench-{op.replace('_', '-')}"] = [Job(op, case.name, "bfloat16") for case in of_op]
+    quick = [case for case in cases if case.quick]
+    parts["bench-dtypes"] = [Job("attention", case.name, dtype) for dtype in ("float16", "float32") for case in quick]
     return parts
 
 
@@ -181,7 +181,7 @@ def jobs_done(path: Path, now: str) -> set[Job]:
     if any(row["commit"].removesuffix("-dirty") != now.removesuffix("-dirty") for row in rows):  # proven.json dirties
         path.rename(path.with_suffix(".old.csv"))
         return set()
-    return {Job(row["case"], row["dtype"], row.get("op", "attention")) for row in rows}
+    return {Job(row["op"], row["case"], row["dtype"]) for row in rows}
 
 
 def append(source: Path, target: Path) -> None:
@@ -193,26 +193,16 @@ def append(source: Path, target: Path) -> None:
 
 def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report: Report) -> bool:
     """Runs what is not in the CSV yet, until time is out. True if nothing was wrong and nothing is left."""
-    end, path = time.monotonic() + seconds, out / f"{jobs[0].op}.csv"
+    end, path = time.monotonic() + seconds, out / f"{jobs[0].op}.csv"  # a part is of one op
     done, fine = jobs_done(path, commit()), True
     left = [job for job in jobs if job not in done]
     while left and time.monotonic() < end - 20:
         job = left.pop(0)
         rows = out / ".rows.csv"
         rows.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--backend", "triton", "--op", job.op]
-        command += [
-            "--peer",
-            PEERS[job.op],
-            "--case",
-            job.case,
-            "--dtype",
-            job.dtype,
-            "--seconds",
-            "1",
-            "--out",
-            str(rows),
-        ]
+        command = [sys.executable, "-m", "benchmarks.run", "--op", job.op, "--device", "cuda", "--backend", "triton"]
+        command += ["--peer", PEERS[job.op]] if job.op in PEERS else []
+        command += ["--case", job.case, "--dtype", job.dtype, "--seconds", "1", "--out", str(rows)]
         print(f"{part}: {job.case} {job.dtype}, {len(left)} to go", flush=True)
         limit = min(CASE_SECONDS, end - time.monotonic())
         status, output = run(command, limit)
@@ -235,7 +225,7 @@ def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report
 def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     """Speed against each peer, from the CSV."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if Job(row["case"], row["dtype"], jobs[0].op) in jobs]
+        rows = [row for row in csv.DictReader(file) if Job(row["op"], row["case"], row["dtype"]) in jobs]
     cells = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -243,7 +233,7 @@ def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     report(f"- {part}: {len(cells)} cells, {sum(row['status'] == 'wrong' for row in rows)} wrong results")
     for mode in sorted({mode for _, _, mode in cells}):
         parts = []
-        for peer in PEERS[jobs[0].op].split(","):
+        for peer in sorted({peer for times in cells.values() for peer in times} - {"xformer_fast"}):
             ratios = [
                 times[peer] / times["xformer_fast"]
                 for key, times in cells.items()
@@ -270,8 +260,8 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
     )
     with (out / "plan.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["part", "case", "dtype"])
-        writer.writerows([part, job.case, job.dtype] for part, jobs in parts.items() for job in jobs)
+        writer.writerow(["part", "op", "case", "dtype"])
+        writer.writerows([part, job.op, job.case, job.dtype] for part, jobs in parts.items() for job in jobs)
     for part, jobs in parts.items():
         report(f"- {part}: {len(jobs)} cases planned")
     report("- proven.json: not touched by a dry run")

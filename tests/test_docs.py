@@ -10,6 +10,8 @@ MODULES = [
     ".cache",
     ".ops.attention",
     ".ops.decode_attention",
+    ".feature_maps",
+    ".ops.linear_attention",
     ".ops.rope",
     ".positions",
     ".rope",

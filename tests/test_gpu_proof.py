@@ -89,7 +89,7 @@ def test_anything_less_takes_the_proof_back(proof, cases, status):
 
 
 def test_a_second_run_goes_on(tmp_path, monkeypatch):
-    jobs = [gpu_proof.Job(name, "bfloat16") for name in ("a", "b", "c")]
+    jobs = [gpu_proof.Job("attention", name, "bfloat16") for name in ("a", "b", "c")]
     started, commit = [], ["one"]
 
     def benchmark(command, seconds):
@@ -98,9 +98,9 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch):
         if name == "b" and started.count("b") == 1:
             return 139, "segmentation fault"
         with open(command[command.index("--out") + 1], "w") as file:
-            columns = "commit,case,dtype,mode,peer,status,ms"
+            columns = "commit,op,case,dtype,mode,peer,status,ms"
             rows = [
-                f"{commit[0]},{name},bfloat16,fwd,{peer},ok,{ms}"
+                f"{commit[0]},attention,{name},bfloat16,fwd,{peer},ok,{ms}"
                 for peer, ms in (("sdpa", 2), ("xformer_fast:triton", 1))
             ]
             file.write("\n".join([columns, *rows]) + "\n")

@@ -9,9 +9,11 @@ torch.Size([1, 8, 256, 64])
 from . import reference
 from .cache import KVCache
 from .dispatch import BackendUnavailable
+from .feature_maps import FavorPlus
 from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
 from .ops.decode_attention import decode_attention
+from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.rope import apply_rope
 from .positions import DistanceBias, T5Bias, alibi_slopes
 from .rope import Rope, rope_frequencies, rope_tables
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "DistanceBias",
+    "FavorPlus",
     "KVCache",
     "PatchReport",
     "Rope",
@@ -31,6 +34,8 @@ __all__ = [
     "decode_attention",
     "explain",
     "info",
+    "linear_attention",
+    "linear_attention_step",
     "patch",
     "reference",
     "register_transformers",

@@ -9,6 +9,7 @@ from . import build_info
 from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
 from .ops import decode_attention as decode_ops
+from .ops import linear_attention as linear_attention_ops
 from .ops import rope as rope_ops
 
 # Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
@@ -17,6 +18,7 @@ _EXPLAIN = {
     "varlen_attention": functools.partial(attention_ops.explain, attention_ops.varlen_attention),
     "decode_attention": decode_ops.explain,
     "apply_rope": rope_ops.explain,
+    "linear_attention": linear_attention_ops.explain,
 }
 
 

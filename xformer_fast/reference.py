@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_linear import linear_attention, linear_attention_recurrent  # noqa: F401
+
 
 def attention(
     query: Tensor,

@@ -46,7 +46,7 @@ def define(backend: str, forward=None, backward=None, keys=("CUDA", "CPU")):
 
 
 class Operator(NamedTuple):
-    """The forward operator of a backend, and autograd.Functions over the same kernels for who cannot use it as it is."""
+    """The forward operator of a backend, and autograd.Functions over the same kernels for those it does not serve."""
 
     forward: Callable
     eager: type[torch.autograd.Function]  # the operator's own autograd wrapper costs 100 us a call more; no autocast
