@@ -287,7 +287,7 @@ def main() -> int:
 
     print("\n== 2/2  fused against naive attention", flush=True)
     rows = quick_benchmark(args.out / "results.csv", seconds=args.seconds, longest=args.longest, budget=args.budget)
-    plots = plot.draw(args.out / "results.csv", args.out)
+    plots = plot.draw([args.out / "results.csv"], args.out)
     write_report(args.out / "report.html", documents, rows, plots)
 
     bad = failures(rows)

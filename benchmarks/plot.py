@@ -50,6 +50,7 @@ def read(path: pathlib.Path) -> list[Row]:
     for row in rows:
         for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None
+        row["label"] = row["case"] if row["op"] == "attention" else f"{row['op']}: {row['case']}"
     for row in rows:  # a busy moment reads the ceiling too low: the highest reading of a dtype is the machine's
         if row["bound"] == "compute" and row["gflops"] and row["ceiling_gflops"]:
             highest = max(r["ceiling_gflops"] or 0 for r in rows if r["dtype"] == row["dtype"])
@@ -78,19 +79,19 @@ def _title(figure, title: str, rows: list[Row]) -> None:
 
 
 def speedup(rows: list[Row], path: pathlib.Path) -> bool:
-    """Horizontal bars, one panel a mode and dtype."""
-    rows = [row for row in rows if not _is_length(row) and row["vs_sdpa"] is not None]
+    """Horizontal bars, one panel a mode and dtype: over SDPA, or over the best peer of an op that SDPA does not have."""
+    rows = [row for row in rows if not _is_length(row) and (row["vs_sdpa"] or row["vs_best_peer"])]
     ours: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if _ours(row):
-            held = ours[row["mode"], row["dtype"]].get(row["case"])
+            held = ours[row["mode"], row["dtype"]].get(row["label"])
             if held is None or row["ms"] < held["ms"]:
-                ours[row["mode"], row["dtype"]][row["case"]] = row
+                ours[row["mode"], row["dtype"]][row["label"]] = row
     if not ours:
         return False
     modes = [mode for mode in MODE_TITLE if any(m == mode for m, _ in ours)]
     dtypes = [d for d in ("float32", "bfloat16", "float16") if any(x == d for _, x in ours)]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    cases = list(dict.fromkeys(row["label"] for row in rows))
     height = 0.34 * len(cases) + 0.9
     figure, axes = plt.subplots(
         len(modes), len(dtypes), figsize=(5.6 * len(dtypes) + 1, height * len(modes) + 1),
@@ -100,7 +101,10 @@ def speedup(rows: list[Row], path: pathlib.Path) -> bool:
         for j, dtype in enumerate(dtypes):
             _bars(axes[i, j], cases, ours[mode, dtype], f"{MODE_TITLE[mode]}, {dtype}")
     axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
-    _title(figure, "Speed-up over torch SDPA (% = of the machine's measured ceiling)", rows)
+    title = (
+        "Speed-up over torch SDPA, or over the best peer where there is none (% = of the machine's measured ceiling)"
+    )
+    _title(figure, title, rows)
     figure.savefig(path, dpi=140)
     plt.close(figure)
     return True
@@ -109,14 +113,15 @@ def speedup(rows: list[Row], path: pathlib.Path) -> bool:
 def _bars(axis, cases: list[str], rows: dict[str, Row], title: str) -> None:
     y = [i for i, case in enumerate(cases) if case in rows]
     shown = [rows[case] for case in cases if case in rows]
-    axis.barh(y, [row["vs_sdpa"] for row in shown], color=BLUE, height=0.62, label="xformer_fast")
-    best = [row["vs_sdpa"] / row["vs_best_peer"] if row["vs_best_peer"] else None for row in shown]
+    speed = [row["vs_sdpa"] or row["vs_best_peer"] for row in shown]
+    axis.barh(y, speed, color=BLUE, height=0.62, label="xformer_fast")
+    best = [s / row["vs_best_peer"] if row["vs_best_peer"] else None for s, row in zip(speed, shown, strict=True)]
     points = [(b, i) for b, i in zip(best, y, strict=True) if b]
     axis.scatter(*zip(*points, strict=True) if points else ([], []), color=ORANGE, edgecolor="black", linewidth=0.6,
                  marker="D", s=26, zorder=3, label="best other peer")  # fmt: skip
-    for i, row, other in zip(y, shown, best, strict=True):
-        text = f"{row['vs_sdpa']:.1f}×  {100 * row['fraction_of_ceiling']:.0f}%"
-        axis.annotate(text, (max(row["vs_sdpa"], other or 0), i), xytext=(6, 0), textcoords="offset points",
+    for i, row, ours, other in zip(y, shown, speed, best, strict=True):
+        text = f"{ours:.1f}×  {100 * row['fraction_of_ceiling']:.0f}%"
+        axis.annotate(text, (max(ours, other or 0), i), xytext=(6, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
     axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(cases)), cases, fontsize=8)
@@ -124,7 +129,7 @@ def _bars(axis, cases: list[str], rows: dict[str, Row], title: str) -> None:
     axis.margins(x=0.22)
     axis.set_xlim(left=0)
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel("× torch SDPA", fontsize=8)
+    axis.set_xlabel("× torch SDPA (or best peer)", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -201,9 +206,9 @@ def throughput(rows: list[Row], path: pathlib.Path) -> bool:
     return True
 
 
-def draw(csv_path: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Every plot that the CSV has rows for; returns their paths."""
-    rows = read(csv_path)
+def draw(csv_paths: list[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Every plot that the CSVs of a machine have rows for; returns their paths."""
+    rows = [row for path in csv_paths for row in read(path)]
     folder.mkdir(parents=True, exist_ok=True)
     step = "of a training step (forward and backward)"
     drawn = {
@@ -222,8 +227,9 @@ def main() -> None:
     parser.add_argument("csv", type=pathlib.Path, help="a CSV, or a folder with <device>/<op>.csv")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the plots (default: beside the CSV)")
     args = parser.parse_args()
-    for path in sorted(args.csv.glob("*/*.csv")) if args.csv.is_dir() else [args.csv]:
-        for plot in draw(path, args.out or path.parent):
+    folders = sorted(path for path in args.csv.iterdir() if path.is_dir()) if args.csv.is_dir() else []
+    for paths in [sorted(folder.glob("*.csv")) for folder in folders] or [[args.csv]]:
+        for plot in draw(paths, args.out or paths[0].parent):
             print(plot)
 
 

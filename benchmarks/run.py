@@ -370,7 +370,11 @@ def chosen_peers(op: str, device: str, *, backends: str | None, names: str | Non
     peers = peers_of(op, device, ours)
     if names is None and not quick:
         return peers
-    wanted = names.split(",") if names else [peer.name for peer in peers if peer.name in ("naive", "sdpa")]
+    if names:
+        wanted = names.split(",")
+    else:  # an op without naive attention or SDPA has its plainest peer first
+        others = [peer.name for peer in peers if not peer.name.startswith(OURS)]
+        wanted = [name for name in others if name in ("naive", "sdpa")] or others[:1]
     unknown = set(wanted) - {peer.name for peer in peers}
     if unknown:
         raise ValueError(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in peers)}")

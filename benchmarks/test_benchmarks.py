@@ -162,7 +162,7 @@ def test_plots_are_drawn_from_the_csv_alone(tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
     assert all(row["device"] and row["commit"] and row["torch"] and row["date"] for row in rows)
-    drawn = {p.name for p in plot.draw(path, tmp_path)}
+    drawn = {p.name for p in plot.draw([path], tmp_path)}
     assert {"speedup.png", "memory.png", "time.png"} <= drawn
 
 
