@@ -79,7 +79,7 @@ def _title(figure, title: str, rows: list[Row]) -> None:
 
 
 def speedup(rows: list[Row], path: pathlib.Path) -> bool:
-    """Horizontal bars, one panel a mode and dtype: over SDPA, or over the best peer of an op that SDPA does not have."""
+    """Horizontal bars, one panel a mode and dtype: over SDPA, or the best peer of an op that SDPA does not have."""
     rows = [row for row in rows if not _is_length(row) and (row["vs_sdpa"] or row["vs_best_peer"])]
     ours: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
@@ -102,7 +102,7 @@ def speedup(rows: list[Row], path: pathlib.Path) -> bool:
             _bars(axes[i, j], cases, ours[mode, dtype], f"{MODE_TITLE[mode]}, {dtype}")
     axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
     title = (
-        "Speed-up over torch SDPA, or over the best peer where there is none (% = of the machine's measured ceiling)"
+        "Speed-up over torch SDPA, or the best peer where there is none (% = of the machine's measured ceiling)"
     )
     _title(figure, title, rows)
     figure.savefig(path, dpi=140)
