@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 import xformer_fast  # noqa: E402
+from xformer_fast.integrations import common  # noqa: E402
 from xformer_fast.integrations import transformers as integration  # noqa: E402
 
 WIDTH, HEADS, VOCAB, PAD = 32, 4, 99, 0
@@ -502,7 +503,7 @@ def test_unavailable_backends_raise_and_leave_the_model(monkeypatch):
     def attention(*args, **options):
         raise xformer_fast.BackendUnavailable("not here")
 
-    monkeypatch.setattr(integration, "attention", attention)
+    monkeypatch.setattr(common, "attention", attention)
     with pytest.raises(xformer_fast.BackendUnavailable):
         xformer_fast.patch(model, backend="triton")
     assert model.config._attn_implementation == "sdpa"
@@ -511,8 +512,8 @@ def test_unavailable_backends_raise_and_leave_the_model(monkeypatch):
 def test_no_kernel_for_the_device_leaves_the_model(monkeypatch):
     model = build("bert")
     reasons = {"triton": "no run on a GPU has proved it yet", "cpu": "not on the CPU", "reference": ""}
-    monkeypatch.setattr(integration, "explain", lambda *args: reasons)
-    monkeypatch.setattr(integration, "DEFAULT", None)
+    monkeypatch.setattr(common, "explain", lambda *args: reasons)
+    monkeypatch.setattr(common, "DEFAULT", None)
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     report = xformer_fast.patch(model)
     monkeypatch.undo()
