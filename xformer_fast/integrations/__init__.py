@@ -1,7 +1,7 @@
 """`patch`, `unpatch`, `patched`: a model's attention onto `xformer_fast.attention` and back; one path a host library.
 
-A host library is a file here with `patch_model(model, backend, report)` and `unpatch_model(model)`. It is imported only
-when the library itself already is: a model of a library that nobody imported cannot exist.
+A path is a file here with `patch_model(model, backend, report)` and `unpatch_model(model)`. It is imported only when
+the library that it imports already is: a model of a library that nobody imported cannot exist.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-HOSTS = {"transformers": "transformers", "timm": "timm", "torch_mha": "torch"}  # file -> library
+HOSTS = {"transformers": "transformers", "sdpa_callers": "torch", "torch_mha": "torch"}  # file -> library
 
 
 @dataclass
@@ -38,10 +38,10 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     """Runs the attention of `model` on `xformer_fast.attention`; parameters, names and state_dict stay as they are.
 
     Anywhere inside `model` are switched: models of transformers that go through its `AttentionInterface` (results stay
-    those of the "sdpa" implementation, or "eager" where sdpa lacks an option), attention modules of timm that call
-    scaled_dot_product_attention, and torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend` holds
-    for this model alone; None takes the default of each call. Where that default would be `reference` on a GPU a module
-    is left as it was. Patching again, say with another backend, is fine.
+    those of the "sdpa" implementation, or "eager" where sdpa lacks an option), modules of timm and transformers that
+    call scaled_dot_product_attention, and torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend`
+    holds for this model alone; None takes the default of each call. Where that default would be `reference` on a GPU a
+    module is left as it was. Patching again, say with another backend, is fine.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -62,7 +62,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     for name in report.replaced:
         report.skipped.pop(name, None)  # one host's module inside another's
     if not report.replaced and not report.skipped:
-        report.skipped[""] = f"holds no attention of a supported library ({', '.join(HOSTS.values())})"
+        report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
     return report
 
 

@@ -1,13 +1,14 @@
-"""timm: attention modules that call torch's scaled_dot_product_attention.
+"""timm, and models of transformers off its AttentionInterface: modules that call torch's scaled_dot_product_attention.
 
 One way for all of them: each method of a module's class that names `scaled_dot_product_attention` is bound again, code
 untouched, to globals where that name leads to `xformer_fast.scaled_dot_product_attention`. What surrounds the call
 stays timm's: projections, norms, rotation, relative position bias (a float mask here, with gradient), gates, windows.
-`fused_attn` reads True on such a module, also where timm leaves it off by default (Swin) or the user switched it off.
+timm's `fused_attn` reads True on such a module, also where it is off by default (Swin) or the user switched it off.
 
 Left, with a reason: modules that compute scores themselves (Swin-V2's cosine attention, linear attention).
 
-The rebound methods see their module's globals as they were at the first patch.
+The rebound methods see their module's globals as they were at the first patch. Fine for a library; the modules of a
+notebook, say, may rely on globals that change, so only LIBRARIES are looked at.
 """
 
 import functools
@@ -22,6 +23,7 @@ from .. import ops
 from . import PatchReport
 from .common import no_kernel, original, restore, swap, swapped
 
+LIBRARIES = {"timm", "transformers"}
 _SDPA = "scaled_dot_product_attention"
 
 
@@ -81,11 +83,13 @@ def _callers(cls: type) -> dict[str, types.FunctionType]:
 def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
     for name, module in model.named_modules():
         cls = original(module)
-        if not any(base.__module__.partition(".")[0] == "timm" for base in cls.__mro__):
+        libraries = LIBRARIES.intersection(base.__module__.partition(".")[0] for base in cls.__mro__)
+        if not libraries:
             continue
         if not _callers(cls):
             below = (m for m in module.modules() if m is not module)
-            if "Attention" in cls.__name__ and not any("Attention" in type(m).__name__ for m in below):
+            named = "timm" in libraries and "Attention" in cls.__name__  # transformers.py speaks for its own
+            if named and not any("Attention" in type(m).__name__ for m in below):
                 report.skipped[name] = "computes its scores itself, not through scaled_dot_product_attention"
         elif reason := no_kernel(next(module.parameters(), None), backend):
             report.skipped[name] = reason
