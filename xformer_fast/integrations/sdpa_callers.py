@@ -74,6 +74,7 @@ def _copy(module: types.ModuleType, **changes) -> types.ModuleType:
     return copy
 
 
+@functools.cache
 def _callers(cls: type) -> dict[str, types.FunctionType]:
     """The methods of cls, its own and inherited, that name sdpa."""
     methods = ((name, inspect.getattr_static(cls, name)) for name in dir(cls))
