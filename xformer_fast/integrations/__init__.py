@@ -1,16 +1,18 @@
-"""`patch` and `unpatch`: a model's attention onto `xformer_fast.attention` and back; one generic path a host library.
+"""`patch`, `unpatch`, `patched`: a model's attention onto `xformer_fast.attention` and back; one path a host library.
 
-A host library is a file here with `patch_model(model, backend, report)` and `unpatch_model(model)`. It is imported only
-when the library itself already is: a model of a library that nobody imported cannot exist.
+A path is a file here with `patch_model(model, backend, report)` and `unpatch_model(model)`. It is imported only when
+the library that it imports already is: a model of a library that nobody imported cannot exist.
 """
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-HOSTS = ("transformers",)
+HOSTS = {"transformers": "transformers", "sdpa_callers": "torch", "torch_mha": "torch"}  # file -> library
 
 
 @dataclass
@@ -35,10 +37,11 @@ class PatchReport:
 def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     """Runs the attention of `model` on `xformer_fast.attention`; parameters, names and state_dict stay as they are.
 
-    Models of transformers that go through its `AttentionInterface`, anywhere inside `model`, are switched; results stay
-    those of the "sdpa" implementation ("eager" where sdpa lacks an option). `backend` holds for this model alone; None
-    takes the default of each call. Where that default would be `reference` on a GPU the model is left as it was.
-    Patching again, say with another backend, is fine.
+    Anywhere inside `model` are switched: models of transformers that go through its `AttentionInterface` (results stay
+    those of the "sdpa" implementation, or "eager" where sdpa lacks an option), modules of timm and transformers that
+    call scaled_dot_product_attention, and torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend`
+    holds for this model alone; None takes the default of each call. Where that default would be `reference` on a GPU a
+    module is left as it was. Patching again, say with another backend, is fine.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -56,8 +59,10 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     report = PatchReport()
     for host in _hosts():
         host.patch_model(model, backend, report)
+    for name in report.replaced:
+        report.skipped.pop(name, None)  # one host's module inside another's
     if not report.replaced and not report.skipped:
-        report.skipped[""] = f"holds no attention of a supported library ({', '.join(HOSTS)})"
+        report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
     return report
 
 
@@ -70,6 +75,23 @@ def unpatch(model: nn.Module) -> None:
     _check(model)
     for host in _hosts():
         host.unpatch_model(model)
+
+
+@contextmanager
+def patched(model: nn.Module, *, backend: str | None = None) -> Iterator[PatchReport]:
+    """`patch` for the length of a with-block, then `unpatch`, also of what was patched before.
+
+    >>> import torch, xformer_fast
+    >>> layer, x = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), torch.randn(2, 5, 32)
+    >>> with xformer_fast.patched(layer) as report:
+    ...     print(report.replaced, layer(x).shape)
+    ['self_attn'] torch.Size([2, 5, 32])
+    """
+    report = patch(model, backend=backend)
+    try:
+        yield report
+    finally:
+        unpatch(model)
 
 
 def register_transformers() -> None:
@@ -87,4 +109,4 @@ def _check(model):
 
 
 def _hosts():
-    return [importlib.import_module(f".{name}", __name__) for name in HOSTS if name in sys.modules]
+    return [importlib.import_module(f".{file}", __name__) for file, library in HOSTS.items() if library in sys.modules]

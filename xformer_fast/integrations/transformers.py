@@ -46,9 +46,9 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from ..dispatch import DEFAULT
-from ..ops.attention import attention, explain, varlen_attention
+from ..ops.attention import attention, varlen_attention
 from . import PatchReport
+from .common import hide, no_kernel
 
 NAME = "xformer_fast"
 _RECORD = "_xformer_fast_patch"
@@ -135,21 +135,12 @@ def attention_forward(
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(query, key, value, lengths, causal=causal, window=window, **options), None
     if cu_seq_lens_q is not None:
-        mask = _hide(mask, _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key))
+        mask = hide(mask, _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key))
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
-        mask = position_bias if mask is None else _hide(position_bias, mask)
+        mask = position_bias if mask is None else hide(position_bias, mask)
     out = attention(query, key, value, mask=mask, causal=causal, window=window, key_lengths=key_lengths, **options)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _hide(first: Tensor, second: Tensor) -> Tensor:
-    """Two masks as one: bool hides, float is added."""
-    if first.dtype == torch.bool and second.dtype == torch.bool:
-        return first & second
-    if first.dtype == torch.bool:
-        first, second = second, first
-    return torch.where(second, first, float("-inf")) if second.dtype == torch.bool else first + second
 
 
 def _packed(query, key, value, lengths, **options) -> Tensor:
@@ -416,15 +407,4 @@ def _reason_against(owner: PreTrainedModel, backend: str | None) -> str | None:
         return f"{type(owner).__name__} does not go through AttentionInterface"
     if getattr(owner.config, "output_attentions", False):
         return "its config asks for output_attentions, and attention weights are never formed"
-    weight = next(owner.parameters(), None)
-    if weight is None or weight.is_meta:
-        return None
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.bfloat16
-    probe = torch.empty(0, 1, 1, 64, device=weight.device, dtype=dtype)
-    if backend is not None or DEFAULT is not None:
-        attention(probe, probe, probe, backend=backend)  # raises if it cannot run there
-        return None
-    against = explain(attention, probe, probe, probe)
-    if probe.is_cpu or next(name for name, reason in against.items() if not reason) != "reference":
-        return None
-    return "no kernel for its device: " + "; ".join(f"{name}: {reason}" for name, reason in against.items() if reason)
+    return no_kernel(next(owner.parameters(), None), backend)

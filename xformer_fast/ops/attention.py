@@ -113,12 +113,15 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` on the kernels of `attention`: same signature, same rules.
 
     query (..., Hq, Sq, D), key and value (..., Hkv, Sk, D or Dv) of two to five dimensions, batch and heads broadcast
     as torch broadcasts them; is_causal is top-left and may be given beside attn_mask (both apply); a float32 mask may
-    stand beside half inputs; a query that attends to nothing gives zeros. `enable_gqa` lets Hkv divide Hq.
+    stand beside half inputs; a query that attends to nothing gives zeros. `enable_gqa` lets Hkv divide Hq. `backend`
+    is `attention`'s.
 
     >>> import torch, xformer_fast
     >>> q = torch.randn(2, 8, 16, 64)
@@ -145,7 +148,8 @@ def scaled_dot_product_attention(
         elif dims == 5 and mask.dim() >= 4:
             mask = mask.expand(*lead[:2] if mask.dim() == 5 else lead[1:2], *mask.shape[-3:])
             mask = (mask if mask.dim() == 5 else mask.expand(lead[0], *mask.shape)).flatten(0, 1)
-    out = attention(q, k, v, mask=mask, causal="top_left" if is_causal else False, dropout_p=dropout_p, scale=scale)
+    causal = "top_left" if is_causal else False
+    out = attention(q, k, v, mask=mask, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     if lead is None:
         return out
     return out.reshape(*lead, *out.shape[-2:])

@@ -1,0 +1,83 @@
+"""Patched models against their unpatched twins: what the tests of all host libraries share."""
+
+import copy
+import pickle
+
+import torch
+
+import xformer_fast
+
+
+def disturb(model):
+    """Moves the parameters off their initial values: zero biases hide mistakes, small weights make scores flat."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.15 if parameter.dim() > 1 else 0.3))
+    return model
+
+
+def twins(model, count=None):
+    """model and a patched deep copy; `count` is how many modules patch must replace, None: any number but none."""
+    patched = copy.deepcopy(model)
+    report = xformer_fast.patch(patched)
+    assert not report.skipped and (report.count == count if count is not None else report.count > 0), str(report)
+    return model, patched
+
+
+def outputs_and_gradients(model, run):
+    model.zero_grad()
+    out = run(model)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (out * weights).sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal(reference, patched, run, out_tolerance=1e-4, grad_tolerance=2e-3):
+    """Outputs of run(model), relative to the largest, and every parameter's gradient."""
+    expected, expected_grads = outputs_and_gradients(reference, run)
+    out, grads = outputs_and_gradients(patched, run)
+    assert (out - expected).abs().max() <= out_tolerance * expected.abs().max()
+    assert grads.keys() == expected_grads.keys()
+    largest = max(g.abs().max() for g in expected_grads.values())
+    for name, expected in expected_grads.items():  # a key bias has no gradient but rounding: hence the floor
+        error, size = (grads[name] - expected).abs().max(), expected.abs().max()
+        assert error <= grad_tolerance * max(size, 1e-3 * largest), f"{name}: {error:.2e} of {size:.2e}"
+
+
+def check_autocast(reference, patched, run):
+    """Under bfloat16 autocast: outputs and gradients at most twice as far from float32 ones as the host's own are."""
+
+    def half(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(model).float()
+
+    exact, ours, theirs = (
+        outputs_and_gradients(m, f) for m, f in ((reference, run), (patched, half), (reference, half))
+    )
+    for a, b, truth in ((ours[0], theirs[0], exact[0]), *((ours[1][n], theirs[1][n], exact[1][n]) for n in exact[1])):
+        allowed = 2 * (b - truth).abs().max() + 1e-2 * truth.abs().max()
+        assert (a - truth).abs().max() <= allowed
+
+
+@torch.no_grad()
+def check_close(reference, patched, run, tolerance=1e-4):
+    expected = run(reference)
+    assert (run(patched) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.no_grad()
+def check_life(reference, patched, run):
+    """Copies and pickles stay patched, state_dict is the host's, unpatch leaves nothing."""
+    assert patched.state_dict().keys() == reference.state_dict().keys()
+    reference.load_state_dict(patched.state_dict())
+    expected = run(patched)
+    for twin in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in patched.modules()]
+        assert torch.equal(run(twin), expected)
+        xformer_fast.unpatch(twin)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in reference.modules()]
+        assert torch.equal(run(twin), run(reference))
+        for ours, theirs in zip(twin.modules(), reference.modules(), strict=True):
+            assert ours.__dict__.keys() == theirs.__dict__.keys()

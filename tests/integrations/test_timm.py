@@ -1,0 +1,157 @@
+"""timm models, patched against unpatched: small random ones of each kind of attention that timm has."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from host_models import check_autocast, check_close, check_equal, check_life, disturb, twins
+
+try:
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:  # a torchvision without kernels for this torch: timm's models need none of them
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+timm = pytest.importorskip("timm")
+
+from timm.layers import Attention, AttentionRope  # noqa: E402
+
+import xformer_fast  # noqa: E402
+
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
+SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+MODELS = {  # name -> class, arguments, attention modules
+    "vit": ("VisionTransformer", VIT, 2),
+    "vit_norms_odd": ("VisionTransformer", VIT | {"img_size": 20, "qk_norm": True, "reg_tokens": 3}, 2),
+    "vit_pool": ("VisionTransformer", VIT | {"global_pool": "map"}, 3),
+    "vit_parallel": ("VisionTransformer", VIT | {"block_fn": "parallel_scaling"}, 2),
+    "beit": ("Beit", VIT | {"use_abs_pos_emb": False, "use_rel_pos_bias": True}, 2),
+    "beit_shared": ("Beit", VIT | {"use_shared_rel_pos_bias": True}, 2),
+    "eva": ("Eva", VIT | {"embed_dim": 32, "use_rot_pos_emb": True, "qkv_fused": False}, 2),
+    "relpos": ("VisionTransformerRelPos", VIT, 2),
+    "swin": ("SwinTransformer", SWIN | {"num_classes": 5}, 4),
+    "cait": ("Cait", VIT, 2),
+    "hiera": ("Hiera", {"img_size": (64, 64), "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}, 4),
+}
+
+FILES = {
+    "VisionTransformer": "vision_transformer",
+    "VisionTransformerRelPos": "vision_transformer_relpos",
+    "SwinTransformer": "swin_transformer",
+}
+ONE_STAGE = {"vit": {"depth": 1}, "swin": {"depths": (2,), "num_heads": (2,)}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name, changes=()):
+    kind, options, _ = MODELS[name]
+    module = importlib.import_module(f"timm.models.{FILES.get(kind, kind.lower())}")
+    options = options | dict(changes)
+    if "block_fn" in options:
+        options["block_fn"] = module.ParallelScalingBlock
+    torch.manual_seed(0)
+    return disturb(getattr(module, kind)(**options)).eval()
+
+
+def images(name):
+    size = MODELS[name][1]["img_size"]
+    torch.manual_seed(1)
+    return torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name):
+    model = build(name)
+    patched = copy.deepcopy(model)
+    report = xformer_fast.patch(patched)
+    assert report.count == MODELS[name][2], str(report)
+    check_equal(model, patched, lambda model: model(images(name)))
+    check_close(model.train(), patched.train(), lambda model: model(images(name)))
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"gated": True, "scale_norm": True}, {"attn_head_dim": 5}])
+@pytest.mark.parametrize("kind", [Attention, AttentionRope])
+@pytest.mark.parametrize("given", ["nothing", "bool", "float", "causal"])
+def test_masks(kind, options, given):
+    torch.manual_seed(0)
+    norms = {"norm_layer": torch.nn.LayerNorm} if {"qk_norm", "scale_norm"} & options.keys() else {}
+    reference, patched = twins(disturb(kind(24, num_heads=4, **options, **norms)), 1)
+    x = torch.randn(2, 11, 24)
+    keep = (torch.rand(2, 1, 11, 11) < 0.6) | torch.eye(11, dtype=torch.bool)
+    arguments = {
+        "nothing": {},
+        "bool": {"attn_mask": keep},
+        "float": {"attn_mask": torch.randn(4, 11, 11)},
+        "causal": {"is_causal": True},
+    }[given]
+    check_equal(reference, patched, lambda model: model(x, **arguments))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "beit"])
+def test_life(name):
+    reference, patched = twins(build(name))
+    assert str(patched) == str(reference)
+    check_life(reference, patched, lambda model: model(images(name)))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_autocast(name):
+    check_autocast(*twins(build(name)), lambda model: model(images(name)))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_compile(name):
+    reference, patched = twins(build(name, ONE_STAGE[name]))
+    compiled = torch.compile(patched, fullgraph=True, backend="eager")
+    x = images(name)
+    check_close(reference, compiled, lambda model: model(x))
+    for model in (reference, compiled):
+        model(x).square().sum().backward()
+    for ours, theirs in zip(patched.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-4)
+
+
+def test_dropout_reaches_the_op():
+    patched = twins(Attention(24, num_heads=4, attn_drop=0.5), 1)[1]
+    x = torch.randn(2, 11, 24)
+    assert not torch.equal(patched(x), patched(x))
+    patched.eval()
+    assert torch.equal(patched(x), patched(x))
+
+
+def test_backends_and_the_switch(monkeypatch):
+    seen = []
+    run = xformer_fast.ops.attention.attention
+
+    def attention(*args, backend=None, **options):
+        seen.append(backend)
+        return run(*args, backend=backend, **options)
+
+    monkeypatch.setattr(xformer_fast.ops.attention, "attention", attention)
+    model = build("swin")  # its fused_attn is off
+    x = images("swin")
+    model(x)
+    assert not seen
+    with xformer_fast.patched(model, backend="reference"):
+        model(x)
+    assert seen == ["reference"] * 4
+    model(x)
+    assert len(seen) == 4
+
+
+def test_what_computes_its_scores_itself_is_told():
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    model = SwinTransformerV2(**SWIN)
+    report = xformer_fast.patch(model)
+    assert report.count == 0 and "itself" in report.skipped["layers.0.blocks.0.attn"]
