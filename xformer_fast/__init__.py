@@ -13,6 +13,7 @@ from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
 from .ops.decode_attention import decode_attention
 from .ops.rope import apply_rope
+from .ops.window_attention import window_attention
 from .positions import DistanceBias, T5Bias, alibi_slopes
 from .rope import Rope, rope_frequencies, rope_tables
 
@@ -39,6 +40,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpatch",
     "varlen_attention",
+    "window_attention",
 ]
 
 

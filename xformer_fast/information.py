@@ -10,6 +10,7 @@ from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
 from .ops import decode_attention as decode_ops
 from .ops import rope as rope_ops
+from .ops import window_attention as window_ops
 
 # Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
 _EXPLAIN = {
@@ -17,6 +18,7 @@ _EXPLAIN = {
     "varlen_attention": functools.partial(attention_ops.explain, attention_ops.varlen_attention),
     "decode_attention": decode_ops.explain,
     "apply_rope": rope_ops.explain,
+    "window_attention": window_ops.explain,
 }
 
 
