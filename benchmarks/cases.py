@@ -12,11 +12,13 @@ from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .op import Op
 from .t5_attention import T5_ATTENTION
+from .window_attention import WINDOW
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
     "t5_attention": T5_ATTENTION,
     "decode_attention": DECODE,
+    "window_attention": WINDOW,
 }
 
 

@@ -9,24 +9,40 @@
 //     O^T = V^T P^T   A = V in scratch, read transposed,              B = S^T after the exponential, in place
 // Scale, norms, bias and the region mask join in one pass between; the mask only where a window holds a wrap of the map.
 //
-// bfloat16 and float16 are float32 in scratch. Not here: windows of a million tokens; a call with a table or a bias holds
-// it densely, once for all windows.
+// bfloat16 with XF_BF16_DOT multiplies pairs: Q^T and P^T hold pairs, V's rows are interleaved. Otherwise half types are
+// float32 in scratch. A query that would have a vector to itself (the 49th of 7 x 7) is attended apart, keys or channels in
+// the lanes.
+//
+// Not here: windows of very many tokens; a call with a table or a bias holds it densely, once for all windows.
 #include "window_tiles.h"
 
 namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
 namespace {
 
+// The element the tile product multiplies for inputs of type T.
+template <class T> struct ProductOf { typedef float Type; };
+#if defined(XF_BF16_DOT)
+template <> struct ProductOf<bfloat16> { typedef bfloat16 Type; };
+#endif
+
 template <class T>
 class WindowForward {
+  typedef typename ProductOf<T>::Type C;
+  static constexpr int kPair = sizeof(float) / sizeof(C);  // reduction steps that one multiply-add takes
+
  public:
+  static constexpr int kWidthStep = kPair * kLanes;
+
   WindowForward(const WindowPlan& plan, char* scratch) : p_(plan), a_(*plan.attention) {
     Arena arena(scratch);
     arena.take(plan.padded * plan.width, query_, key_, query_t_);
-    arena.take(plan.padded * plan.width_v, value_, out_);
+    arena.take(plan.padded * plan.width_v, value_);
+    arena.take(kPair == 2 ? plan.padded * plan.width_v : 0, value_pairs_);
+    arena.take(plan.padded * plan.width_v, out_);
     arena.take(plan.tokens * kTileVectors * kLanes, scores_);
     arena.take(plan.width_v * kTileVectors * kLanes, out_t_);
-    arena.take(plan.padded, lane_scale_, key_scale_, sum_);
+    arena.take(plan.padded, lane_scale_, key_scale_, sum_, weights_);
     arena.take(plan.tokens, at_query_, at_key_, at_value_, at_out_);
     used_ = arena.used();
   }
@@ -34,7 +50,7 @@ class WindowForward {
   static size_t bytes(const WindowPlan& plan) { return size_t(WindowForward(plan, nullptr).used_); }
 
   void window(const WindowPlace& place, int64_t first_head, int64_t last_head) {
-    place_ = place;
+    edges_ = place.edges;
     row_offsets(p_, place, a_.query, at_query_);
     row_offsets(p_, place, a_.key, at_key_);
     row_offsets(p_, place, a_.value, at_value_);
@@ -43,15 +59,25 @@ class WindowForward {
   }
 
  private:
+  static const T* rows_of(const MapView& view, int64_t h) { return static_cast<const T*>(view.data) + h * view.head; }
+
   void head(int64_t h) {
     const int64_t n = p_.tokens;
-    gather_rows(static_cast<const T*>(a_.query.data) + h * a_.query.head, at_query_, n, p_.padded, a_.head_dim, query_, p_.width);
-    gather_rows(static_cast<const T*>(a_.key.data) + h * a_.key.head, at_key_, n, n, a_.head_dim, key_, p_.width);
-    gather_rows(static_cast<const T*>(a_.value.data) + h * a_.value.head, at_value_, n, n, a_.head_dim_v, value_, p_.width_v);
-    pack_transposed(query_, p_.width, p_.padded, p_.width, 1.f, query_t_, p_.padded);
+    gather_rows(rows_of(a_.query, h), at_query_, n, p_.padded, a_.head_dim, query_, p_.width);
+    gather_rows(rows_of(a_.key, h), at_key_, n, p_.padded, a_.head_dim, key_, p_.width);
+    gather_rows(rows_of(a_.value, h), at_value_, n, n, a_.head_dim_v, value_, p_.width_v);
+    if constexpr (kPair == 1) pack_transposed(query_, p_.width, p_.padded, p_.width, 1.f, query_t_, p_.padded);
+#if defined(XF_BF16_DOT)
+    if constexpr (kPair == 2) {
+      pack_transposed_pairs(query_, p_.width, p_.padded, p_.width, query_t_, 2 * p_.padded);
+      interleave_row_pairs(value_, p_.width_v, n, p_.width_v, value_pairs_);
+    }
+#endif
     scales(h);
-    const TileCut cut(p_.padded / kLanes);
+    const bool apart = n % kLanes == 1 && n > kLanes;
+    const TileCut cut(apart ? n / kLanes : p_.padded / kLanes);
     for (int64_t t = 0; t < cut.tiles; ++t) tile(h, cut.first(t) * kLanes, int(cut.first(t + 1) - cut.first(t)));
+    if (apart) last_query(h);
     scatter_rows(out_, p_.width_v, 1.f, n, a_.head_dim_v, static_cast<T*>(a_.out.data) + h * a_.out.head, at_out_);
   }
 
@@ -59,7 +85,7 @@ class WindowForward {
     const float scale = (a_.logit_scale ? a_.logit_scale[h] : a_.scale) * kLog2e;
     if (a_.logit_scale) {
       inverse_norms(query_, p_.width, p_.padded, lane_scale_);
-      inverse_norms(key_, p_.width, p_.tokens, key_scale_);
+      inverse_norms(key_, p_.width, p_.padded, key_scale_);
       for (int64_t i = 0; i < p_.padded; i += kLanes) store(lane_scale_ + i, load(lane_scale_ + i) * scale);
     } else {
       for (int64_t i = 0; i < p_.padded; i += kLanes) store(lane_scale_ + i, broadcast(scale));
@@ -67,21 +93,76 @@ class WindowForward {
   }
 
   void tile(int64_t h, int64_t query0, int vectors) {
-    const int64_t ld = vectors * kLanes;
-    tile_product(p_.tokens, vectors, a_.head_dim, key_, p_.width, 1, query_t_ + query0, p_.padded, scores_, ld, Start::overwrite);
+    const int64_t ld = vectors * kLanes, steps = (a_.head_dim + kPair - 1) / kPair, key_steps = (p_.tokens + kPair - 1) / kPair;
+    tile_product(p_.tokens, vectors, steps, key_, p_.width, kPair, query_t_ + kPair * query0, kPair * p_.padded, scores_, ld,
+                 Start::overwrite);
     const WindowScores s{scores_, ld, p_.tokens, p_.bias ? p_.bias + h * p_.bias_head() + query0 : nullptr, p_.padded,
-                         lane_scale_ + query0, a_.logit_scale ? key_scale_ : nullptr, p_.region, p_.region + query0,
-                         place_.edges};
-    softmax_columns(vectors, s, sum_);
+                         lane_scale_ + query0, a_.logit_scale ? key_scale_ : nullptr, p_.region, p_.region + query0, edges_};
+    const C* value = value_;
+#if defined(XF_BF16_DOT)
+    if constexpr (kPair == 2) value = value_pairs_, softmax_column_pairs(vectors, s, sum_);
+#endif
+    if constexpr (kPair == 1) softmax_columns(vectors, s, sum_);
     for (int v = 0; v < vectors; ++v) store(sum_ + v * kLanes, 1.f / load(sum_ + v * kLanes));
-    tile_product(a_.head_dim_v, vectors, p_.tokens, value_, 1, p_.width_v, scores_, ld, out_t_, ld, Start::overwrite);
+    tile_product(a_.head_dim_v, vectors, key_steps, value, kPair, kPair * p_.width_v, reinterpret_cast<const C*>(scores_),
+                 kPair * ld, out_t_, ld, Start::overwrite);
     store_transposed(out_t_, ld, ld, p_.width_v, sum_, out_ + query0 * p_.width_v, p_.width_v);
+  }
+
+  // The last query of the window: keys in the lanes for its weights, channels for its result.
+  XF_NOINLINE void last_query(int64_t h) {
+    const int64_t n = p_.tokens, i = n - 1;
+    const C* query = query_ + i * p_.width;
+    const float* bias = p_.bias ? p_.bias + h * p_.bias_head() + n * p_.padded : nullptr;
+    const IVec region = broadcast_int(p_.region[i] & edges_);
+    Vec top = broadcast(-kInfinity);
+    for (int64_t j = 0; j < p_.padded; j += kLanes) {
+      Vec products[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const C* key = key_ + (j + r) * p_.width;
+        products[r] = load(query) * load(key);
+        for (int64_t c = kLanes; c < p_.width; c += kLanes) products[r] += load(query + c) * load(key + c);
+      }
+      transpose(products);
+#pragma GCC unroll 4
+      for (int step = kLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+        for (int r = 0; r < step; ++r) products[r] += products[r + step];
+      Vec s = products[0] * lane_scale_[i];
+      if (a_.logit_scale) s *= load(key_scale_ + j);
+      if (bias) s += load(bias + j);
+      if (edges_) s = (load_as<IVec>(p_.region + j) & edges_) == region ? s : broadcast(-kInfinity);
+      s = lane_index() < broadcast_int(int(n - j)) ? s : broadcast(-kInfinity);
+      store(weights_ + j, s);
+      top = maximum(s, top);
+    }
+    const Vec most = broadcast(reduce_max(top));
+    Vec sum = zero();
+    for (int64_t j = 0; j < p_.padded; j += kLanes) {
+      const Vec p = exp2(load(weights_ + j) - most);
+      store(weights_ + j, p);
+      sum += p;
+    }
+    const float inverse = 1.f / reduce_add(sum);
+    for (int64_t c = 0; c < p_.width_v; c += kLanes) {
+      Vec parts[4] = {zero(), zero(), zero(), zero()};
+      const C* value = value_ + c;
+      int64_t j = 0;
+      for (; j + 4 <= n; j += 4)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part)
+          parts[part] += broadcast(weights_[j + part]) * load(value + (j + part) * p_.width_v);
+      for (; j < n; ++j) parts[0] += broadcast(weights_[j]) * load(value + j * p_.width_v);
+      store(out_ + i * p_.width_v + c, ((parts[0] + parts[1]) + (parts[2] + parts[3])) * inverse);
+    }
   }
 
   const WindowPlan& p_;
   const WindowAttention& a_;
-  WindowPlace place_;
-  float *query_, *key_, *value_, *query_t_, *out_, *scores_, *out_t_, *lane_scale_, *key_scale_, *sum_;
+  int32_t edges_;
+  C *query_, *key_, *query_t_, *value_, *value_pairs_;
+  float *out_, *scores_, *out_t_, *lane_scale_, *key_scale_, *sum_, *weights_;
   int64_t *at_query_, *at_key_, *at_value_, *at_out_;
   int64_t used_;
 };
@@ -97,7 +178,7 @@ void forward_task(void* context, int64_t task, char* scratch) {
 
 template <class T>
 void forward_of(const WindowAttention& a, const Pool& pool) {
-  WindowPlan plan = plan_windows(a, kLanes, pool);
+  WindowPlan plan = plan_windows(a, WindowForward<T>::kWidthStep, pool);
   pool.run(plan.chunks * plan.head_groups, forward_task<T>, &plan, WindowForward<T>::bytes(plan));
 }
 

@@ -25,10 +25,10 @@ struct WindowPlan {
   int64_t count;                 // of the whole batch
   int64_t chunks, head_groups;   // a task is a chunk of windows for a group of heads
   const int32_t* region;         // of a token: bit x is set past the wrap of axis x
-  const float* bias;             // [head][key][query], times log2(e); null: none
+  const float* bias;             // [head][key][query], times log2(e), and a row of the last query's by key; null: none
   bool shifted;
 
-  int64_t bias_head() const { return tokens * padded; }
+  int64_t bias_head() const { return (tokens + 1) * padded; }
   int64_t first_window(int64_t chunk) const { return count * chunk / chunks; }
   int64_t first_head(int64_t group) const { return attention->heads * group / head_groups; }
 };
@@ -81,13 +81,15 @@ void fill_bias(void* context, int64_t head, char*) {
   const WindowAttention& a = *plan.attention;
   float* out = const_cast<float*>(plan.bias) + head * plan.bias_head();
   const float* bias = a.bias ? a.bias + head * plan.tokens * plan.tokens : nullptr;
-  for (int64_t j = 0; j < plan.tokens; ++j, out += plan.padded)
-    for (int64_t i = 0; i < plan.padded; ++i) {
-      float sum = 0.f;
-      if (i < plan.tokens && a.table) sum += a.table[table_row(a, i, j) * a.heads + head];
-      if (i < plan.tokens && bias) sum += bias[i * plan.tokens + j];
-      out[i] = sum * kLog2e;
-    }
+  const auto entry = [&](int64_t i, int64_t j) {
+    if (i >= plan.tokens || j >= plan.tokens) return 0.f;
+    float sum = a.table ? a.table[table_row(a, i, j) * a.heads + head] : 0.f;
+    if (bias) sum += bias[i * plan.tokens + j];
+    return sum * kLog2e;
+  };
+  for (int64_t j = 0; j < plan.tokens; ++j)
+    for (int64_t i = 0; i < plan.padded; ++i) *out++ = entry(i, j);
+  for (int64_t j = 0; j < plan.padded; ++j) *out++ = entry(plan.tokens - 1, j);
 }
 
 inline WindowPlan plan_windows(const WindowAttention& a, int64_t width_step, const Pool& pool) {
@@ -267,6 +269,40 @@ XF_NOINLINE void softmax_columns(const WindowScores& t, float* sum) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(sum + v * kLanes, sums[v]);
 }
+
+#if defined(XF_BF16_DOT)
+// The same, rounded to bfloat16 pairs [key / 2][query][2] where the scores were; the sums are of what is rounded.
+template <int V>
+XF_NOINLINE void softmax_column_pairs(const WindowScores& t, float* sum) {
+  Vec top[V], sums[V];
+  make_exponents<V>(t, top);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sums[v] = zero();
+  for (int64_t r = 0; r < t.rows; r += 2) {
+    const float* s = t.scores + r * t.ld;
+    const bool paired = r + 1 < t.rows;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec low = exp2_coarse(load(s + v * kLanes) - top[v]);
+      const Vec high = paired ? exp2_coarse(load(s + t.ld + v * kLanes) - top[v]) : zero();
+      const UVec pairs = to_bf16_pairs(low, high);
+      store(t.scores + r / 2 * t.ld + v * kLanes, (Vec)pairs);
+      sums[v] += (Vec)(pairs << 16) + (Vec)(pairs & 0xffff0000u);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(sum + v * kLanes, sums[v]);
+}
+
+inline void softmax_column_pairs(int vectors, const WindowScores& t, float* sum) {
+  switch (vectors) {
+    case 1: return softmax_column_pairs<1>(t, sum);
+    case 2: return softmax_column_pairs<2>(t, sum);
+    case 3: return softmax_column_pairs<3>(t, sum);
+    default: return softmax_column_pairs<4>(t, sum);
+  }
+}
+#endif
 
 inline void softmax_columns(int vectors, const WindowScores& t, float* sum) {
   switch (vectors) {

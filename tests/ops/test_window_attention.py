@@ -1,4 +1,4 @@
-"""Windowed attention: every instruction set against the formula in float64, the formula against the models' own code."""
+"""Windowed attention: every instruction set against the formula in float64, the formula against the models' code."""
 
 import pytest
 import torch

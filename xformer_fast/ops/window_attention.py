@@ -45,8 +45,9 @@ def window_attention(
 ) -> Tensor:
     """softmax(scale * Q K^T + biases) V inside each window of a map: Swin, Swin-V2, MaxViT, in one to three dimensions.
 
-    Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022); Tu et al., "MaxViT" (2022). The cyclic shift,
-    the partition, the region mask and the reverse are addresses inside the kernel: the map comes and goes as it lies.
+    Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022); Tu et al., "MaxViT" (2022). The cyclic
+    shift, the partition, the region mask and the reverse are addresses inside the kernel: the map comes and goes as it
+    lies.
 
     Args:
         query, key, value: (B, *space, H, D) with one to three axes of space, float32, bfloat16 or float16 (float64:

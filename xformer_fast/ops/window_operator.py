@@ -54,7 +54,7 @@ def register(backend: str) -> Operator:
 
 
 def in_order_of(like: Tensor, last) -> Tensor:
-    """An empty (B, *space, H, last) with the heads inside the map's axes, as contiguous, or outside, as `like` has them."""
+    """An empty (B, *space, H, last) with the heads inside the axes of the map, or outside, as `like` has them."""
     batch, *space, heads, _ = like.shape
     if like.stride(-2) <= like.stride(1):
         return like.new_empty(batch, *space, heads, last)
