@@ -128,7 +128,7 @@ def _checked(query, key, value, window_size, shift, table, bias, logit_scale, pa
             raise ValueError(f"shift must lie in 0..window_size - 1, got {shift} for windows of {window}")
     if partition == "grid" and any(shift):
         raise ValueError(f'shift must be 0 with partition="grid", got {shift}')
-    tokens, rows = math.prod(window), math.prod(2 * w - 1 for w in window)
+    tokens, rows = math.prod(window), math.prod([2 * w - 1 for w in window])
     for name, tensor, shape in (
         ("relative_bias_table", table, (rows, heads)),
         ("bias", bias, (heads, tokens, tokens)),
