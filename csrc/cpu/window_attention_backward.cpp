@@ -9,6 +9,8 @@
 //
 // The gradient of the bias is summed by each task over its chunk of windows, [head][key][query], then over chunks in
 // order, then along the table's rows in order: the same bits for any number of threads.
+//
+// Not here: products of bfloat16 pairs (half types are float32 in scratch), the last query apart, prefetching.
 #include "window_tiles.h"
 
 namespace xformer_fast {
@@ -62,7 +64,8 @@ XF_NOINLINE void score_gradients(const WindowScores& t, const float* sum, float*
     }
 }
 
-void score_gradients(int vectors, const WindowScores& t, const float* sum, float* grad, const float* lane_norm, float* bias_sums) {
+void score_gradients(int vectors, const WindowScores& t, const float* sum, float* grad, const float* lane_norm,
+                     float* bias_sums) {
   switch (vectors) {
     case 1: return score_gradients<1>(t, sum, grad, lane_norm, bias_sums);
     case 2: return score_gradients<2>(t, sum, grad, lane_norm, bias_sums);

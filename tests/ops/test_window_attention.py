@@ -186,7 +186,7 @@ def test_compile():
     torch._dynamo.reset()
 
     def run(query, key, value, relative_bias_table):
-        return window_attention(query, key, value, 4, shift=1, relative_bias_table=relative_bias_table, backend="cpu")
+        return window_attention(query, key, value, 4, shift=1, relative_bias_table=relative_bias_table)
 
     function = torch.compile(run, fullgraph=True, dynamic=True)
     for batch in (2, 3):
