@@ -79,7 +79,8 @@ struct Prepared {
  private:
   static const float* pointer(const OptionalTensor& t, int64_t numel, const char* name) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == numel, "xformer_fast: ", name, " must be contiguous, of ", numel, " numbers");
+    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == numel, "xformer_fast: ", name, " must be contiguous, of ", numel,
+                    " numbers");
     return float_data(*t, name);
   }
 };
@@ -97,8 +98,8 @@ Tensor forward(Tensor query, Tensor key, Tensor value, OptionalTensor table, Opt
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor table, OptionalTensor bias, OptionalTensor logit_scale,
-    Sizes window, Sizes shift, bool grid, double scale, bool need_table_grad, bool need_bias_grad, bool need_scale_grad) {
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor table, OptionalTensor bias,
+    OptionalTensor logit_scale, Sizes window, Sizes shift, bool grid, double scale, bool need_table_grad, bool need_bias_grad, bool need_scale_grad) {
   Prepared p(query, key, value, table, bias, logit_scale, window, shift, grid, scale);
   const Tensor d_out = with_unit_rows(grad_out);
   Tensor d_query = empty_map_in_order_of(query, p.a.head_dim), d_key = empty_map_in_order_of(key, p.a.head_dim),
@@ -129,8 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace xformer_fast
 
-#define XFORMER_FAST_WINDOW_OPTIONS \
-  "Tensor query, Tensor key, Tensor value, Tensor? table, Tensor? bias, Tensor? logit_scale, int[] window, int[] shift, bool grid, float scale"
+#define XFORMER_FAST_WINDOW_OPTIONS                                                                             \
+  "Tensor query, Tensor key, Tensor value, Tensor? table, Tensor? bias, Tensor? logit_scale, int[] window, " \
+  "int[] shift, bool grid, float scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
   m.def("window_attention_cpu(" XFORMER_FAST_WINDOW_OPTIONS ") -> Tensor");
