@@ -14,6 +14,7 @@ from .linear_attention import LINEAR_ATTENTION
 from .op import Op
 from .rope import ROPE
 from .t5_attention import T5_ATTENTION
+from .window_attention import WINDOW
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
@@ -21,6 +22,7 @@ OPS: dict[str, Op] = {
     "decode_attention": DECODE,
     "apply_rope": ROPE,
     "linear_attention": LINEAR_ATTENTION,
+    "window_attention": WINDOW,
 }
 
 

@@ -101,9 +101,7 @@ def speedup(rows: list[Row], path: pathlib.Path) -> bool:
         for j, dtype in enumerate(dtypes):
             _bars(axes[i, j], cases, ours[mode, dtype], f"{MODE_TITLE[mode]}, {dtype}")
     axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
-    title = (
-        "Speed-up over torch SDPA, or the best peer where there is none (% = of the machine's measured ceiling)"
-    )
+    title = "Speed-up over torch SDPA, or the best peer where there is none (% = of the machine's measured ceiling)"
     _title(figure, title, rows)
     figure.savefig(path, dpi=140)
     plt.close(figure)

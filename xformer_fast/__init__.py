@@ -15,6 +15,7 @@ from .ops.attention import attention, scaled_dot_product_attention, varlen_atten
 from .ops.decode_attention import decode_attention
 from .ops.linear_attention import linear_attention, linear_attention_step
 from .ops.rope import apply_rope
+from .ops.window_attention import window_attention
 from .positions import DistanceBias, T5Bias, alibi_slopes
 from .rope import Rope, rope_frequencies, rope_tables
 
@@ -45,6 +46,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpatch",
     "varlen_attention",
+    "window_attention",
 ]
 
 

@@ -11,6 +11,7 @@ from .ops import attention as attention_ops
 from .ops import decode_attention as decode_ops
 from .ops import linear_attention as linear_attention_ops
 from .ops import rope as rope_ops
+from .ops import window_attention as window_ops
 
 # Public function -> (its arguments -> backend -> why it would not be chosen, "" if nothing bars it).
 _EXPLAIN = {
@@ -19,6 +20,7 @@ _EXPLAIN = {
     "decode_attention": decode_ops.explain,
     "apply_rope": rope_ops.explain,
     "linear_attention": linear_attention_ops.explain,
+    "window_attention": window_ops.explain,
 }
 
 

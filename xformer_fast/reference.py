@@ -202,6 +202,95 @@ def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
     return F.embedding(j - i + (len_q - 1), values.T).permute(2, 0, 1).contiguous()
 
 
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size,
+    *,
+    shift=0,
+    relative_bias_table=None,
+    bias=None,
+    logit_scale=None,
+    partition="window",
+    scale=None,
+) -> Tensor:
+    """Roll, partition, attend inside each window, reverse, roll back; arguments of `xformer_fast.window_attention`.
+
+    Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022); Tu et al., "MaxViT" (2022) for the grid.
+    """
+    axes, grid = query.dim() - 3, partition == "grid"
+    window, shift = per_axis(window_size, axes), per_axis(shift, axes)
+    sides, space = query.shape[1 : axes + 1], tuple(range(1, axes + 1))
+    query, key, value = (
+        split_windows(torch.roll(x, [-s for s in shift], space) if any(shift) else x, window, grid)
+        for x in (query, key, value)
+    )
+    compute = torch.promote_types(query.dtype, torch.float32)
+    if logit_scale is None:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+    else:
+        query, key = (F.normalize(x.to(compute), dim=-1).to(x.dtype) for x in (query, key))
+        factor = logit_scale[:, None, None].to(compute)
+    scores = (query @ key.mT).to(compute) * factor  # (B, windows, H, N, N)
+    if relative_bias_table is not None:
+        # An embedding: its gradient sums in one order for any number of threads, that of indexing does not.
+        index = relative_index(window, scores.device)
+        scores = scores + F.embedding(index, relative_bias_table).permute(2, 0, 1).to(compute)
+    if bias is not None:
+        scores = scores + bias.to(compute)
+    if any(shift):
+        region = split_windows(wrapped_regions(sides, window, shift, scores.device), window, grid)[0, :, 0, :, 0]
+        scores = scores.masked_fill((region[:, :, None] != region[:, None, :])[:, None], float("-inf"))
+    out = join_windows(torch.softmax(scores, -1).to(value.dtype) @ value, sides, window, grid)
+    return torch.roll(out, shift, space) if any(shift) else out
+
+
+def per_axis(number, axes: int) -> tuple[int, ...]:
+    return tuple(number) if isinstance(number, (tuple, list)) else (number,) * axes
+
+
+def split_windows(x: Tensor, window: tuple[int, ...], grid: bool) -> Tensor:
+    """(B, *space, H, D) -> (B, windows, H, tokens, D)."""
+    axes = len(window)
+    for axis in reversed(range(axes)):  # each axis becomes two, of the window and inside it
+        inside = window[axis]
+        x = x.unflatten(axis + 1, (inside, x.shape[axis + 1] // inside) if grid else (-1, inside))
+    first, second = (tuple(range(start, 2 * axes + 1, 2)) for start in (1, 2))
+    outer, inner = (second, first) if grid else (first, second)
+    x = x.permute(0, *outer, 2 * axes + 1, *inner, 2 * axes + 2)
+    return x.flatten(axes + 2, 2 * axes + 1).flatten(1, axes)
+
+
+def join_windows(x: Tensor, sides, window: tuple[int, ...], grid: bool) -> Tensor:
+    """The inverse of `split_windows`."""
+    axes = len(window)
+    counts = [side // w for side, w in zip(sides, window, strict=True)]
+    x = x.unflatten(3, window).unflatten(1, counts)  # (B, *counts, H, *window, D)
+    order = [(axes + 2 + i, 1 + i) if grid else (1 + i, axes + 2 + i) for i in range(axes)]
+    x = x.permute(0, *(place for pair in order for place in pair), axes + 1, 2 * axes + 2)
+    return x.reshape(x.shape[0], *sides, *x.shape[-2:])
+
+
+def wrapped_regions(sides, window, shift, device) -> Tensor:
+    """(1, *space, 1, 1): which part of the map each place of the rolled one shows, told apart where they meet."""
+    region = torch.zeros(1, device=device, dtype=torch.int64)
+    for side, w, s in zip(sides, window, shift, strict=True):
+        place = torch.arange(side, device=device)
+        region = region[..., None] * 3 + (place >= side - w) * (s > 0) + (place >= side - s)
+    return region[..., None, None]
+
+
+def relative_index(window: tuple[int, ...], device) -> Tensor:
+    """(N, N): the row of Swin's table for each query and key of a window."""
+    grids = torch.meshgrid(*(torch.arange(w, device=device) for w in window), indexing="ij")
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for w, place in zip(window, grids, strict=True):
+        place = place.flatten()
+        index = index * (2 * w - 1) + place[:, None] - place + w - 1
+    return index
+
+
 def apply_rope(
     x: Tensor, cos: Tensor, sin: Tensor, *, positions=None, sections=None, interleaved=False, inverse=False
 ) -> Tensor:

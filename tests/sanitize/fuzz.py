@@ -1,4 +1,4 @@
-"""Random attention calls, results and all gradients, over every instruction set of this CPU, under run.sh's sanitizers.
+"""Random attention and windowed calls, results and all gradients, on every instruction set here, under sanitizers.
 
 Right or wrong is for the other tests to say: here only memory and undefined behaviour are watched.
 """
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import window_cases
 from attention_cases import draw, evaluate, on_backend
 
 from xformer_fast import build_info
@@ -28,6 +29,11 @@ def main():
     for i in tqdm(range(args.calls), mininterval=0.2 if sys.stderr.isatty() else 15):
         level, seed = levels[i % len(levels)], i // len(levels)
         os.environ["XFORMER_FAST_ISA"] = level
+        if seed % 5 == 4:
+            case = window_cases.draw(seed, DTYPES[seed % 3])
+            args.note.write_text(f"{level}, seed {seed}: {case}\n")
+            window_cases.evaluate(case, window_cases.on_backend("cpu"))
+            continue
         case = draw(seed, DTYPES[seed % 3], packed=seed % 4 == 3, long=seed % 25 == 24)
         args.note.write_text(f"{level}, seed {seed}: {case}\n")
         evaluate(case, on_backend("cpu", packed=case.packed))
