@@ -316,7 +316,7 @@ def run_reference(call: Call):
         return reference.attention(call.query, call.key, call.value, mask=call.mask, rope=call.rope, **options)
     query, key = call.query, call.key
     if call.rope is not None:
-        query, key = _rotate_packed(call)
+        query, key = _rotate_packed(call, "reference")
     return reference.varlen_attention(query, key, call.value, call.cu_seqlens_q, call.cu_seqlens_k, **options)
 
 
@@ -330,9 +330,9 @@ def _check_values(call: Call):
         checks.check_length_values("key_lengths", call.key_lengths, limits)
 
 
-def _rotate_packed(call: Call):
+def _rotate_packed(call: Call, backend: str | None = None):
     return call.rope.rotate_packed(
-        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left"
+        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left", backend=backend
     )
 
 
