@@ -49,7 +49,7 @@ class DecodeCase:
 _GPU = {"devices": ("cuda",)}
 _CASES = (
     DecodeCase("decode_8192_d128", 1, 32, 8, 8192, 128, quick=True),
-    DecodeCase("decode_4096_d64", 1, 8, 8, 4096, 64, quick=True),
+    DecodeCase("decode_4096_d64", 1, 8, 8, 4096, 64),
     DecodeCase("decode_b8_1024_d128", 8, 32, 8, 1024, 128),
     DecodeCase("decode_mqa_8192_d128", 1, 32, 1, 8192, 128),
     DecodeCase("speculative_8_8192_d128", 1, 32, 8, 8192, 128, tokens=8),

@@ -372,9 +372,10 @@ def chosen_peers(op: str, device: str, *, backends: str | None, names: str | Non
         return peers
     if names:
         wanted = names.split(",")
-    else:  # an op without naive attention or SDPA has its plainest peer first
+    else:  # an op without naive attention or SDPA has its plainest peers first
         others = [peer.name for peer in peers if not peer.name.startswith(OURS)]
-        wanted = [name for name in others if name in ("naive", "sdpa")] or others[:1]
+        plain = [name for name in others if "compiled" not in name]
+        wanted = [name for name in others if name in ("naive", "sdpa")] or plain[:2]
     unknown = set(wanted) - {peer.name for peer in peers}
     if unknown:
         raise ValueError(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in peers)}")
