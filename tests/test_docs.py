@@ -15,6 +15,8 @@ MODULES = [
     ".ops.rope",
     ".positions",
     ".rope",
+    ".layers",
+    ".mixers",
     ".information",
     ".reference",
     ".dispatch",
