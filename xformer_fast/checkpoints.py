@@ -34,3 +34,10 @@ def renamed(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
             texts = iter(match.groups())
             result[re.sub(r"\*", lambda _, texts=texts: next(texts), target)] = part
     return result
+
+
+def expect(config, **values):
+    """ValueError where a host's config has anything else than these: its weights would mean something else here."""
+    for name, value in values.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"its config has {name}={getattr(config, name)!r}; this model is one of {name}={value!r}")

@@ -1,13 +1,22 @@
 """What makes x, (B, S, C) or (B, H, W, C), of features, spectrograms and images: strided convolutions."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PatchEmbedding(nn.Module):
-    """(B, channels, H, W) -> (B, H', W', dim): one vector a patch, of patches that touch, or overlap by a stride."""
+def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, S, C) with zeros from lengths[b] on."""
+    if lengths is None:
+        return x
+    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return x.masked_fill(~inside[..., None], 0)
 
-    def __init__(self, channels: int, dim: int, patch: int, stride: int | None = None):
+
+class PatchEmbedding(nn.Module):
+    """(B, channels, H, W) -> (B, H', W', dim): one vector a patch, of patches that touch or, with a stride, overlap."""
+
+    def __init__(self, channels: int, dim: int, patch: int, stride: int | tuple[int, int] | None = None):
         super().__init__()
         self.projection = nn.Conv2d(channels, dim, patch, stride or patch)
 
@@ -19,6 +28,7 @@ class Conv1dSubsampling(nn.Module):
     """(B, T, features) -> (B, about T / 4, dim): gated convolutions of stride 2 over time.
 
     Synnaeve et al., "End-to-end ASR: from Supervised to Semi-Supervised Learning with Modern Architectures" (2019).
+    As in fairseq, padding is zeroed before the first of them alone.
     """
 
     def __init__(self, features: int, dim: int, *, channels: int = 1024, kernels: tuple[int, ...] = (5, 5)):
@@ -29,8 +39,8 @@ class Conv1dSubsampling(nn.Module):
             nn.Conv1d(*sizes, stride=2, padding=sizes[-1] // 2) for sizes in zip(widths, outputs, kernels, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.mT
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = zero_padding(x, lengths).mT
         for convolution in self.convolutions:
             x = F.glu(convolution(x), dim=1)
         return x.mT
@@ -45,7 +55,8 @@ class Conv1dSubsampling(nn.Module):
 class Conv2dSubsampling(nn.Module):
     """(B, T, features) -> (B, about T / 4, dim): two 3×3 convolutions of stride 2 over time and frequency.
 
-    Dong et al., "Speech-Transformer" (2018), section 3.2; the front end of Conformer and Branchformer, too.
+    Dong et al., "Speech-Transformer" (2018); the front end of Conformer and Branchformer, too. Padding is zeroed before
+    each of them: what it holds, and how much there is, changes nothing before it.
     """
 
     def __init__(self, features: int, dim: int):
@@ -53,11 +64,12 @@ class Conv2dSubsampling(nn.Module):
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, 2, 1), nn.Conv2d(dim, dim, 3, 2, 1)])
         self.projection = nn.Linear(dim * ((features + 3) // 4), dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, None]
-        for convolution in self.convolutions:
-            x = F.relu(convolution(x))
-        return self.projection(x.permute(0, 2, 1, 3).flatten(2))
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        first, second = self.convolutions
+        x = F.relu(first(zero_padding(x, lengths)[:, None])).transpose(1, 2)  # (B, about T / 2, dim, F)
+        x = zero_padding(x.flatten(2), None if lengths is None else (lengths + 1) // 2).view_as(x)
+        x = F.relu(second(x.transpose(1, 2)))
+        return self.projection(x.transpose(1, 2).flatten(2))
 
     def lengths(self, lengths: Tensor) -> Tensor:
         """How many of the frames behind the convolutions come from the first `lengths` before them."""

@@ -5,8 +5,8 @@
                                                                      cross           Attention to a memory
     Residual, pre-norm; post-norm has its norm behind the +          feed_forward    FeedForward, or any module
 
-A family is a choice of parts. `Attention` projects to heads and hands them to a mixer: "softmax", "linear", "window" or
-"neighborhood". Pooling, a convolution, anything that maps x to its own shape stands in its place. x is tokens (B, S, C)
+A family is a choice of parts. `Attention` projects to heads and hands them to one of the `mixers`: softmax, linear,
+window, ... Pooling, a convolution, anything that maps x to its own shape can stand in its place. x is tokens (B, S, C)
 or a map (B, H, W, C). Positions are either added to x, or options of the op (`Positions.options()`), which every layer
 hands down: `layer(x, causal=True, key_lengths=lengths, **positions.options())`. Masks, windows, sinks go the same way.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .mixers import MIXERS, LinearState
-from .positions import T5Bias, alibi_slopes
+from .positions import T5Bias, alibi_slopes, sinusoids
 from .rope import Rope, rope_frequencies, rope_tables
 
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         dim: channels of x. num_heads: of the query; num_kv_heads: of key and value where fewer (GQA).
         head_dim: dim / num_heads by default. memory_dim: channels of the memory where not dim.
         bias, out_bias: of the projections of query, key and value, and of the one back (default: as bias).
-        mixer: "softmax", "linear", "window", "neighborhood", or a module that maps heads as these do.
+        mixer: "softmax", "linear", "window", "neighborhood", "relative" (see `mixers`), or a module like these.
         mixer_options: arguments of the named mixer, `backend` among them.
 
     `attention.prefix = Prefix(...)` puts learned keys and values before every sequence. The projections `query`, `key`,
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(memory_dim or dim, kv_width, bias=bias)
         self.value = nn.Linear(memory_dim or dim, kv_width, bias=bias)
         self.out = nn.Linear(width, dim, bias=bias if out_bias is None else out_bias)
-        self.mixer = MIXERS[mixer](num_heads, **mixer_options) if isinstance(mixer, str) else mixer
+        self.mixer = MIXERS[mixer](num_heads, self.head_dim, **mixer_options) if isinstance(mixer, str) else mixer
         self.prefix: Prefix | None = None
 
     def forward(
@@ -297,7 +297,7 @@ class Stack(nn.ModuleList):
     def forward(self, x: Tensor, *args, cache: "Cache | None" = None, **options) -> Tensor:
         tokens = x.shape[1]
         for i, layer in enumerate(self):
-            x = layer(x, *args, cache=None if cache is None else cache.layers[i], **options)
+            x = layer(x, *args, **_given(cache=None if cache is None else cache.layers[i]), **options)
         if cache is not None:
             lengths = options.get("key_lengths")
             cache.lengths = cache.lengths + (tokens if lengths is None else lengths)
@@ -367,22 +367,14 @@ def _places(x: Tensor, start: Tensor | int) -> Tensor:
 
 
 class SinusoidalPositions(Positions):
-    """Adds sin and cos of the place at dim / 2 frequencies: Vaswani et al., "Attention Is All You Need" (2017).
-
-    halves: tensor2tensor's and fairseq's form: all sines, then all cosines, frequencies down to 1/10000 sharp. first:
-    the place of the first token.
-    """
+    """Adds `sinusoids` of the places, counted from `first`; halves: in tensor2tensor's and fairseq's form."""
 
     def __init__(self, dim: int, *, halves: bool = False, first: int = 0):
         super().__init__()
-        steps = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2 - 1 if halves else dim / 2)
-        self.halves, self.first = halves, first
-        self.register_buffer("frequencies", 10000.0**-steps, persistent=False)
+        self.dim, self.halves, self.first = dim, halves, first
 
     def forward(self, x: Tensor, start: Tensor | int = 0) -> Tensor:
-        angles = (_places(x, start) + self.first)[..., None] * self.frequencies
-        waves = torch.stack((angles.sin(), angles.cos()), -2 if self.halves else -1)
-        return x + waves.flatten(-2).to(x.dtype)
+        return x + sinusoids(_places(x, start) + self.first, self.dim, halves=self.halves).to(x.dtype)
 
 
 class LearnedPositions(Positions):

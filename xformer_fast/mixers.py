@@ -2,19 +2,22 @@
 
     mixer(query (B, *space, H, D), key and value (B, *space, Hkv, D), **options) -> (B, *space, H, D)
 
-Constants of a mixer are given once, options at each call; both are arguments of its op, and an option comes first.
-What an op does not take (a mask beside windows) is its error. Those that generate have `new_cache` and `decode`, too.
+Each is made of num_heads, head_dim and constants; options come with each call. Both are arguments of the op, and an
+option comes before a constant. What an op does not take (a mask beside windows) is its error. Mixers that can generate
+have `new_cache` and `decode`, too.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
 from .ops.attention import attention
 from .ops.linear_attention import linear_attention
 from .ops.window_attention import window_attention
+from .positions import sinusoids
 
 
 class SoftmaxMixer(nn.Module):
@@ -23,7 +26,10 @@ class SoftmaxMixer(nn.Module):
     window: (left, right) of a local layer. attention_dropout: of the weights, in training.
     """
 
-    def __init__(self, num_heads, *, scale=None, softcap=None, window=None, attention_dropout=0.0, backend=None):
+    def __init__(
+        self, num_heads: int, head_dim: int, *, scale=None, softcap=None, window=None, attention_dropout=0.0,
+        backend=None,
+    ):  # fmt: skip
         super().__init__()
         self.constants = {"scale": scale, "softcap": softcap, "window": window, "backend": backend}
         self.attention_dropout = attention_dropout
@@ -47,7 +53,7 @@ class SoftmaxMixer(nn.Module):
 class LinearMixer(nn.Module):
     """`linear_attention`, at a cost linear in the places. Options: causal, key_lengths."""
 
-    def __init__(self, num_heads, *, feature_map="elu", normalize=True, scale=1.0, backend=None):
+    def __init__(self, num_heads: int, head_dim: int, *, feature_map="elu", normalize=True, scale=1.0, backend=None):
         super().__init__()
         self.constants = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "backend": backend}
 
@@ -84,8 +90,8 @@ class WindowMixer(nn.Module):
     """
 
     def __init__(
-        self, num_heads, *, window_size, shift=0, partition="window", relative_bias=True, cosine=False, scale=None,
-        backend=None,
+        self, num_heads: int, head_dim: int, *, window_size, shift=0, partition="window", relative_bias=True,
+        cosine=False, scale=None, backend=None,
     ):  # fmt: skip
         super().__init__()
         self.window_size = _per_axis(window_size)
@@ -117,7 +123,42 @@ class NeighborhoodMixer(nn.Module):
         return neighborhood_attention(query, key, value, self.kernel_size, **(self.constants | learned | options))
 
 
-MIXERS = {"softmax": SoftmaxMixer, "linear": LinearMixer, "window": WindowMixer, "neighborhood": NeighborhoodMixer}
+class RelativeMixer(nn.Module):
+    """`attention` with scores (q_i + u)·k_j + (q_i + v)·W r(i - j), r the sinusoids of the distance; u, v, W learned.
+
+    Dai et al., "Transformer-XL" (2019), section 3.3; the mixer of Conformer and Branchformer. The second term is made
+    here and handed to the op as a mask of S×S numbers a head: unlike other positions it depends on the query itself.
+    Options: key_lengths.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, attention_dropout=0.0, backend=None):
+        super().__init__()
+        self.place = nn.Linear(num_heads * head_dim, num_heads * head_dim, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.place_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.attention_dropout, self.backend = attention_dropout, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
+        length, head_dim = query.shape[1], query.shape[-1]
+        distances = torch.arange(length - 1, -length, -1, device=query.device)
+        places = self.place(sinusoids(distances, self.place.in_features).to(query.dtype)).unflatten(-1, (-1, head_dim))
+        by_distance = (query + self.place_bias).transpose(1, 2) @ places.permute(1, 2, 0)  # (B, H, S, 2S - 1)
+        # Column c is the distance S - 1 - c. Rows one longer, cut anew at rows one shorter: row i is shifted by i.
+        shifted = F.pad(by_distance, (1, 0)).flatten(-2)[..., length:].unflatten(-1, (length, -1))[..., :length]
+        out = attention(
+            *_sequences(query + self.content_bias, key, value), mask=shifted * head_dim**-0.5, key_lengths=key_lengths,
+            dropout_p=self.attention_dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+
+MIXERS = {
+    "softmax": SoftmaxMixer,
+    "linear": LinearMixer,
+    "window": WindowMixer,
+    "neighborhood": NeighborhoodMixer,
+    "relative": RelativeMixer,
+}
 
 
 def _sequences(*tensors: Tensor) -> list[Tensor]:

@@ -42,3 +42,9 @@ def test_beam_search(host, length_penalty):
         )  # fmt: skip
         ours = generate(model, tokens, max_new_tokens=12, beams=4, eos=eos, length_penalty=length_penalty)
         assert torch.equal(ours, theirs[:, 5:])
+
+
+def test_another_activation_is_refused():
+    host = transformers_model("GPT2LMHeadModel", n_embd=8, n_layer=1, n_head=1, activation_function="relu")
+    with pytest.raises(ValueError, match="activation_function='relu'"):
+        GPT.from_transformers(host)

@@ -6,7 +6,7 @@ Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Langua
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints import renamed
+from ..checkpoints import expect, renamed
 from ..layers import Attention, FeedForward, Stack, TransformerLayer, init_weights, make_positions
 
 NAMES = {  # of a BertForPreTraining
@@ -86,6 +86,7 @@ class BERT(nn.Module):
     def from_transformers(cls, host: nn.Module, **choices) -> "BERT":
         """The weights of a transformers BertForPreTraining."""
         c = host.config
+        expect(c, hidden_act="gelu", is_decoder=False)
         model = cls(
             c.vocab_size, dim=c.hidden_size, depth=c.num_hidden_layers, num_heads=c.num_attention_heads,
             hidden=c.intermediate_size, max_length=c.max_position_embeddings, num_segments=c.type_vocab_size,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..checkpoints import renamed
+from ..checkpoints import expect, renamed
 from ..layers import Attention, Cache, FeedForward, Stack, TransformerLayer, init_weights, make_positions
 
 NAMES = {  # of a GPT2LMHeadModel
@@ -72,6 +72,7 @@ class GPT(nn.Module):
     def from_transformers(cls, host: nn.Module, **choices) -> "GPT":
         """The weights of a transformers GPT2LMHeadModel."""
         c = host.config
+        expect(c, activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
         model = cls(
             c.vocab_size, dim=c.n_embd, depth=c.n_layer, num_heads=c.n_head, hidden=c.n_inner,
             max_length=c.n_positions, norm_eps=c.layer_norm_epsilon, **choices,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..checkpoints import renamed
+from ..checkpoints import expect, renamed
 from ..layers import (
     Attention,
     Cache,
@@ -80,6 +80,7 @@ class LLaMA(nn.Module):
     def from_transformers(cls, host: nn.Module, **choices) -> "LLaMA":
         """The weights of a transformers LlamaForCausalLM."""
         c = host.config
+        expect(c, hidden_act="silu", mlp_bias=False)
         rope = RotaryPositions(c.head_dim, c.max_position_embeddings, scaling=c.rope_parameters)
         model = cls(
             c.vocab_size, dim=c.hidden_size, depth=c.num_hidden_layers, num_heads=c.num_attention_heads,

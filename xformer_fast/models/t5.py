@@ -6,7 +6,7 @@ Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to
 
 from torch import Tensor, nn
 
-from ..checkpoints import renamed
+from ..checkpoints import expect, renamed
 from ..layers import Attention, Cache, FeedForward, Stack, T5Positions, TransformerLayer, init_weights
 
 NAMES = {  # of a T5ForConditionalGeneration
@@ -108,6 +108,7 @@ class T5(nn.Module):
     def from_transformers(cls, host: nn.Module, **choices) -> "T5":
         """The weights of a transformers T5ForConditionalGeneration."""
         c = host.config
+        expect(c, dense_act_fn="gelu_new" if c.is_gated_act else "relu")
         model = cls(
             c.vocab_size, dim=c.d_model, depth=c.num_layers, decoder_depth=c.num_decoder_layers, num_heads=c.num_heads,
             head_dim=c.d_kv, hidden=c.d_ff, activation="geglu_tanh" if c.is_gated_act else "relu",
