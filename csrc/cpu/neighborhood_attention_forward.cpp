@@ -50,22 +50,28 @@ class NeighborhoodForward {
         const HeadMap<T> query = head_map<T>(p_, piece, a_.query, h), out = head_map<T>(p_, piece, a_.out, h);
         for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
           walk_.move_to_tile(t);
-          tile(query, out, p_.bias ? p_.bias + h * p_.bias_head() : nullptr);
+          Prefetch for_scores, for_out;
+          walk_.add_lanes(for_scores, query, a_.head_dim, true);
+          walk_.add_next_lines(for_scores, key, a_.head_dim);
+          walk_.add_lanes(for_out, out, a_.head_dim_v, false);
+          walk_.add_next_lines(for_out, value, a_.head_dim_v);
+          tile(query, out, p_.bias ? p_.bias + h * p_.bias_head() : nullptr, for_scores, for_out);
         }
       }
     }
   }
 
  private:
-  void tile(const HeadMap<T>& query, const HeadMap<T>& out, const float* bias) {
+  void tile(const HeadMap<T>& query, const HeadMap<T>& out, const float* bias, Prefetch& for_scores,
+            Prefetch& for_out) {
     const int64_t lanes = p_.lanes, rows = walk_.rows().count();
     walk_.load_lanes(query, a_.head_dim, p_.width, a_.scale * kLog2e, staging_, query_t_);
     tile_product(rows, p_.vectors, a_.head_dim, key_ + walk_.first_row() * p_.width, p_.width, 1, query_t_, lanes, scores_,
-                 lanes, Start::overwrite);
+                 lanes, Start::overwrite, nullptr, &for_scores);
     softmax_rows(p_.vectors, walk_.rows(), scores_, bias, top_, sum_);
     invert(sum_, lanes);
     tile_product(a_.head_dim_v, p_.vectors, rows, value_ + walk_.first_row() * p_.width_v, 1, p_.width_v, scores_, lanes,
-                 out_t_, lanes, Start::overwrite);
+                 out_t_, lanes, Start::overwrite, nullptr, &for_out);
     walk_.store_lanes(out_t_, sum_, a_.head_dim_v, p_.width_v, staging_, out);
   }
 

@@ -197,24 +197,23 @@ HeadMap<T> head_map(const NeighborhoodPlan& plan, const Piece& piece, const MapV
 // Calls visit(place in the dense bias, row of the table) for every pair of a lane and a distance that the table has.
 template <Rows kRows, class Visit>
 void for_each_bias(const NeighborhoodPlan& plan, Visit visit) {
-  const int64_t* kernel = plan.attention->kernel;
-  int64_t extent = 1;
-  for (int64_t e : plan.bias_extent) extent *= e;
-  for (int64_t e = 0; e < extent; ++e)
-    for (int64_t l = 0; l < plan.lanes; ++l) {
-      int64_t place = e, lane = l, row = 0, unit = 1;
-      bool inside = true;
-      for (int x = kMaxAxes - 1; x >= 0; --x) {
-        const int64_t distance = place % plan.bias_extent[x] - (kernel[x] - 1) - lane % plan.tile[x];  // row minus lane
-        const int64_t r = (kRows == Rows::keys ? distance : -distance) + kernel[x] - 1;
-        inside &= 0 <= r && r < 2 * kernel[x] - 1;
-        row += r * unit;
-        unit *= 2 * kernel[x] - 1;
-        place /= plan.bias_extent[x];
-        lane /= plan.tile[x];
-      }
-      if (inside) visit(e * plan.lanes + l, row);
-    }
+  const int64_t *kernel = plan.attention->kernel, *extent = plan.bias_extent, *tile = plan.tile;
+  // Of a distance of row and lane along an axis: the table's index, or -1.
+  const auto index = [kernel](int x, int64_t e, int64_t l) {
+    const int64_t distance = e - (kernel[x] - 1) - l, i = (kRows == Rows::keys ? distance : -distance) + kernel[x] - 1;
+    return i < 2 * kernel[x] - 1 ? i : -1;
+  };
+  int64_t place = 0;
+  for (int64_t e0 = 0; e0 < extent[0]; ++e0)
+    for (int64_t e1 = 0; e1 < extent[1]; ++e1)
+      for (int64_t e2 = 0; e2 < extent[2]; ++e2)
+        for (int64_t l0 = 0; l0 < tile[0]; ++l0)
+          for (int64_t l1 = 0; l1 < tile[1]; ++l1)
+            for (int64_t l2 = 0; l2 < tile[2]; ++l2, ++place) {
+              const int64_t i0 = index(0, e0, l0), i1 = index(1, e1, l1), i2 = index(2, e2, l2);
+              if (i0 >= 0 && i1 >= 0 && i2 >= 0)
+                visit(place, (i0 * (2 * kernel[1] - 1) + i1) * (2 * kernel[2] - 1) + i2);
+            }
 }
 
 struct BiasFill {
@@ -260,45 +259,47 @@ class TileWalk {
  public:
   TileWalk(const NeighborhoodPlan& plan, Arena& arena) : p_(plan) {
     const auto most = [&](int x, int64_t count) { return plan.longest[x].most_neighbours<kRows>(count); };
-    const int64_t tiles = (plan.tiles(2, plan.longest[2].length) + plan.tile_cuts - 1) / plan.tile_cuts;
+    most_tiles_ = (plan.tiles(2, plan.longest[2].length) + plan.tile_cuts - 1) / plan.tile_cuts;
     most_lines_ = most(0, plan.tile[0]) * most(1, plan.tile[1]);
-    most_columns_ = most(2, tiles * plan.tile[2]);
+    most_columns_ = most(2, most_tiles_ * plan.tile[2]);
     most_rows_ = most_lines_ * most(2, plan.tile[2]);
     arena.take(most_lines_ * plan.lanes, line_seen_);
     arena.take(most(2, plan.tile[2]) * plan.lanes, column_seen_);
     arena.take(most_lines_, line_bias_, line_place_, held_);
     for (auto& places_of_axis : place_) arena.take(plan.lanes, places_of_axis);
     arena.take(plan.lanes, offset_);
+    arena.take(plan.tile[2], lane_columns_);
   }
 
+  int64_t most_tiles() const { return most_tiles_; }  // of a strip
   int64_t most_rows() const { return most_rows_; }
   int64_t most_line_rows() const { return most_lines_ * most_columns_; }
 
   void start(const Piece& piece) {
     piece_ = &piece;
     rows_.lines = 0;
+    seen_columns_ = -1;
     const int64_t first = piece.first_tile * p_.tile[2];
     columns_ = piece.axis[2].neighbours<kRows>(first, (piece.last_tile - piece.first_tile) * p_.tile[2]);
   }
 
   void move_to_strip(int64_t strip) {
     const int64_t strips1 = p_.tiles(1, piece_->axis[1].length), tile[] = {strip / strips1, strip % strips1};
-    Interval box[2];
     for (int x = 0; x < 2; ++x) {
       first_[x] = tile[x] * p_.tile[x];
-      box[x] = piece_->axis[x].neighbours<kRows>(first_[x], p_.tile[x]);
+      box_[x] = piece_->axis[x].neighbours<kRows>(first_[x], p_.tile[x]);
     }
-    if (rows_.lines != box[0].size() * box[1].size() || extent1_ != box[1].size()) {
-      rows_.lines = box[0].size() * box[1].size();
-      extent1_ = box[1].size();
+    if (rows_.lines != box_[0].size() * box_[1].size() || extent1_ != box_[1].size()) {
+      rows_.lines = box_[0].size() * box_[1].size();
+      extent1_ = box_[1].size();
       release_lines();
     }
     for (int64_t l = 0; l < p_.lanes; ++l) {
       const int64_t of_lane[] = {l / (p_.tile[1] * p_.tile[2]), l / p_.tile[2] % p_.tile[1]};
       for (int x = 0; x < 2; ++x) place_[x][l] = min_of(first_[x] + of_lane[x], piece_->axis[x].length - 1);
     }
-    for (int64_t i0 = box[0].first; i0 < box[0].last; ++i0)
-      for (int64_t i1 = box[1].first; i1 < box[1].last; ++i1) set_line(i0, i1, box[0].size());
+    for (int64_t i0 = box_[0].first; i0 < box_[0].last; ++i0)
+      for (int64_t i1 = box_[1].first; i1 < box_[1].last; ++i1) set_line(i0, i1, box_[0].size());
     rows_.line_seen = line_seen_;
     rows_.line_bias = line_bias_;
   }
@@ -313,13 +314,9 @@ class TileWalk {
     whole_ = true;
     for (int x = 0; x < kMaxAxes; ++x) whole_ &= first_[x] + p_.tile[x] <= piece_->axis[x].length;
     for (int64_t l = 0; l < p_.lanes; ++l) place_[2][l] = min_of(first_[2] + l % p_.tile[2], axis.length - 1);
-    for (int64_t l = 0; l < p_.tile[2]; ++l) {
-      const Interval seen = axis.neighbours<kRows>(place_[2][l]);
-      for (int64_t c = 0; c < rows_.columns; ++c)
-        column_seen_[c * p_.lanes + l] = seen.has(tile_columns_.first + c) ? -1 : 0;
-    }
+    if (see_the_same()) return;
     for (int64_t c = 0; c < rows_.columns; ++c)
-      for (int64_t l = p_.tile[2]; l < p_.lanes; ++l) column_seen_[c * p_.lanes + l] = column_seen_[c * p_.lanes + l - p_.tile[2]];
+      for (int64_t l = 0; l < p_.lanes; ++l) column_seen_[c * p_.lanes + l] = lane_columns_[l % p_.tile[2]].has(c) ? -1 : 0;
   }
 
   const ScoreRows& rows() const { return rows_; }
@@ -370,7 +367,41 @@ class TileWalk {
       if (is_inside(l)) scatter_rows(staging + l * width, width, 1.f, 1, dim, map.data, offset_ + l);
   }
 
+  // ---- what is needed next ----
+
+  // The next tile's rows; or this one's.
+  template <class T>
+  void add_lanes(Prefetch& prefetch, const HeadMap<T>& map, int64_t dim, bool next) const {
+    const int64_t first = first_[2] + (next ? p_.tile[2] : 0), count = min_of(p_.tile[2], piece_->axis[2].length - first);
+    for (int64_t l = 0; l < p_.lanes; l += p_.tile[2])
+      if (count > 0) prefetch.add(map.data + map.at(place_[0][l], place_[1][l], first), map.step[2], count, dim);
+  }
+
+  // Of the lines that the next strip copies, the places of this tile.
+  template <class T>
+  void add_next_lines(Prefetch& prefetch, const HeadMap<T>& map, int64_t dim) const {
+    const Axis& axis = piece_->axis[1];
+    if (first_[1] + p_.tile[1] >= axis.length) return;
+    const int64_t first = box_[1].last, last = axis.neighbours<kRows>(first_[1] + p_.tile[1], p_.tile[1]).last;
+    const int64_t count = min_of(p_.tile[2], piece_->axis[2].length - first_[2]);
+    for (int64_t i0 = box_[0].first; i0 < box_[0].last; ++i0)
+      for (int64_t i1 = first; i1 < last; ++i1) prefetch.add(map.data + map.at(i0, i1, first_[2]), map.step[2], count, dim);
+  }
+
  private:
+  // Whether the tile's lanes see the columns of its box that those of the last tile saw of its own.
+  bool see_the_same() {
+    bool same = seen_columns_ == rows_.columns;
+    seen_columns_ = rows_.columns;
+    for (int64_t l = 0; l < p_.tile[2]; ++l) {
+      Interval seen = piece_->axis[2].neighbours<kRows>(place_[2][l]);
+      seen = {seen.first - tile_columns_.first, seen.last - tile_columns_.first};
+      same &= lane_columns_[l].first == seen.first && lane_columns_[l].last == seen.last;
+      lane_columns_[l] = seen;
+    }
+    return same;
+  }
+
   template <class T>
   static XF_NOINLINE void copy_rows(const T* in, int64_t step, int64_t rows, int64_t dim, float factor, float* out,
                                     int64_t out_step) {
@@ -410,8 +441,11 @@ class TileWalk {
 
   const NeighborhoodPlan& p_;
   const Piece* piece_ = nullptr;
-  int64_t most_lines_, most_columns_, most_rows_;
+  int64_t most_tiles_, most_lines_, most_columns_, most_rows_;
+  Interval box_[2];                      // lines of the strip, along axes 0 and 1
   Interval columns_, tile_columns_;      // along axis 2: of the piece, of the tile
+  Interval* lane_columns_;               // what a lane sees of the tile's columns
+  int64_t seen_columns_ = -1;            // columns that column_seen_ was made for
   int64_t extent1_ = 0;                  // lines along axis 1
   int64_t first_[kMaxAxes];              // place of the tile
   bool whole_;                           // all lanes of the tile are inside the map
@@ -423,7 +457,7 @@ class TileWalk {
 
 // scores: exponents of two of the rows, in place, with bias and -inf where a lane does not see a row; top: their maxima.
 template <int V>
-XF_INLINE void make_exponents(const ScoreRows& rows, float* scores, const float* bias, Vec (&top)[V]) {
+XF_INLINE void make_exponents(const ScoreRows rows, float* scores, const float* bias, Vec (&top)[V]) {
   constexpr int64_t lanes = V * kLanes;
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) top[v] = broadcast(-kInfinity);
