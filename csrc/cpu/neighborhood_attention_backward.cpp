@@ -141,6 +141,7 @@ class QueryGradient {
                  &for_scores);
     softmax_rows(p_.vectors, walk_.rows(), scores_, p_.key_bias ? p_.key_bias + h * p_.bias_head() : nullptr, top, sum);
     invert(sum, lanes);
+    walk_.clear_outside(sum);  // they take no part in the sums by distance
     tile_product(rows, p_.vectors, a_.head_dim_v, value, p_.width_v, 1, grad_out_t_, lanes, grads_, lanes, Start::overwrite,
                  nullptr, &for_grads);
     score_gradients(p_.vectors, walk_.rows(), scores_, grads_, sum, delta, bias_sums);

@@ -60,7 +60,7 @@ struct Axis {
   // The most that the above can be.
   template <Rows kRows>
   int64_t most_neighbours(int64_t count) const {
-    return min_of(length, count + kernel + (kRows == Rows::keys || causal ? -1 : kernel / 2));
+    return min_of(length, count + (kRows == Rows::keys || causal ? kernel - 1 : 2 * kernel - 2));
   }
 };
 
@@ -357,7 +357,13 @@ class TileWalk {
     pack_transposed(staging, width, p_.lanes, dim, factor, out, p_.lanes);
   }
 
-  // The inverse, for lanes inside the map.
+  // Sets `lanes` to 0 where a lane is past the map's end.
+  void clear_outside(float* lanes) const {
+    for (int64_t l = 0; l < p_.lanes && !whole_; ++l)
+      if (!is_inside(l)) lanes[l] = 0.f;
+  }
+
+  // The inverse of load_lanes, for lanes inside the map.
   template <class T>
   void store_lanes(const float* in, const float* factor, int64_t dim, int64_t width, float* staging, const HeadMap<T>& map) {
     place_lanes(map);
