@@ -107,9 +107,11 @@ def test_prefix_is_keys_and_values_before_the_rest(options):
 def test_windows_pad_maps_before_the_projection(options):
     torch.manual_seed(0)
     attention, x = Attention(DIM, HEADS, mixer="window", window_size=7, **options), image()
-    padded = F.pad(x, (0, 0, 0, 1, 0, 4))
+    position = torch.randn(10, 13, DIM)
+    placed, padded = F.pad(x + position, (0, 0, 0, 1, 0, 4)), F.pad(x, (0, 0, 0, 1, 0, 4))
     query, key, value = (
-        f(padded).unflatten(-1, (HEADS, -1)) for f in (attention.query, attention.key, attention.value)
+        f(y).unflatten(-1, (HEADS, -1))
+        for f, y in ((attention.query, placed), (attention.key, placed), (attention.value, padded))
     )
     mixer, cosine = attention.mixer, options.get("cosine")
     expected = xformer_fast.window_attention(
@@ -117,7 +119,7 @@ def test_windows_pad_maps_before_the_projection(options):
         relative_bias_table=mixer.relative_bias_table,
         logit_scale=torch.full((HEADS,), 10.0) if cosine else None,
     )  # fmt: skip
-    torch.testing.assert_close(attention(x), attention.out(expected.flatten(3))[:, :10, :13])
+    torch.testing.assert_close(attention(x, position=position), attention.out(expected.flatten(3))[:, :10, :13])
 
 
 @torch.no_grad()
@@ -254,7 +256,7 @@ def test_positions():
     learned = layers.LearnedPositions(8, 8)
     torch.testing.assert_close(learned(x, starts), torch.stack((learned.table.weight[:3], learned.table.weight[5:])))
     assert layers.Positions()(x) is x and layers.Positions().options() == {}
-    with pytest.raises(ValueError, match="x has 9 tokens, positions were learned for 8"):
+    with pytest.raises(ValueError, match="9 tokens: positions were learned for 8"):
         learned(torch.zeros(1, 9, 8))
 
 
