@@ -92,8 +92,9 @@ class Attention(nn.Module):
 
         memory: what key and value are made of, (B, *space, C), or both made before by `keys_values`; None: x itself.
         position, memory_position: added where queries and keys are made, not to values (DETR, SAM).
-        cache: of a causal layer that generates; x is then the new tokens. options: the mixer's, at each call.
+        cache: of a causal layer that generates; x is then the new tokens. options: the mixer's; None is no option.
         """
+        options = _given(**options)
         space, placed = x.shape[1:-1], x if position is None else x + position
         windows = getattr(self.mixer, "window_size", None)
         if windows is not None:

@@ -101,7 +101,7 @@ FAMILIES = {
         lambda **choices: models.AST(5, mel_bins=32, frames=60, **SMALL | choices),
         lambda n: ((features(30).view(4, 60, 32),), {}),
         lambda logits: F.cross_entropy(logits, torch.tensor([0, 1, 2, 4])),
-        LINEAR,
+        LINEAR | {"neighborhood": {"mixer": "neighborhood", "kernel_size": (5,)}},
     ),
     "conformer": Family(
         lambda **choices: models.Conformer(16, VOCAB, hidden=48, kernel=5, **SMALL | choices),
