@@ -57,7 +57,7 @@ def test_trains(name):
     """A batch is learned by heart, with dropout on the way."""
     torch.manual_seed(0)
     family = FAMILIES[name]
-    model = family.make(**family.dropout).train()
+    model = family.make(**family.training).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
