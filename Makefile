@@ -20,7 +20,7 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PY) -m pytest
-	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_timm.py
+	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_timm.py tests/models/test_timm_weights.py
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)

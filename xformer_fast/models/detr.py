@@ -108,7 +108,7 @@ class DETR(nn.Module):
 
     The last class is "no object"; boxes are centre x, centre y, width, height, in parts of the image. backbone: a
     module that maps images to (B, H', W', backbone.dim); a ResNet-50 if None. attention: arguments of every
-    `Attention`: mixer, backend, ...
+    `Attention`: mixer, backend, ... `matching_loss` needs SciPy, of the extra `vision`.
 
     >>> import torch
     >>> from xformer_fast.models import DETR
