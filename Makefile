@@ -8,6 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 PIP     := $(BIN)/pip --disable-pip-version-check -qq
+PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
 .PHONY: help bench test test-avx512 lint bench-full wheel sanitize gpu-proof clean
@@ -19,9 +20,9 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 	$(PY) -m benchmarks.main_job --out bench-results
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
-	$(PY) -m pytest
-	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_timm.py
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_*_triton.py
+	$(PYTEST)
+	PYTHONPATH=$(VENV)/timm $(PYTEST) tests/integrations/test_timm.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
 	$(BIN)/ruff check .
