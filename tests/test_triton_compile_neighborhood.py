@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of neighborhood attention to sm_80 and sm_90, without a GPU, as test_triton_compile does."""
+"""Compiles the Triton kernels of neighborhood attention to sm_80 and sm_90, as test_triton_compile does."""
 
 import contextlib
 import functools
