@@ -342,7 +342,10 @@ class Problem:
             return INTERPRETER_TILE
         if self.dtype == torch.float32:
             return FLOAT32_TILES[kernel, self.head_dim_bucket]
-        return TILES[kernel, self.head_dim_bucket, architecture(self.device)]
+        tile = TILES[kernel, self.head_dim_bucket, architecture(self.device)]
+        if self.table is not None and kernel != "grad_table":  # the addresses of a block's biases are registers too
+            tile = tile._replace(block=max(16, tile.block // 2))
+        return tile
 
     def tiles(self, tile: Tile, heads: int) -> int:
         """Of all maps."""
