@@ -274,7 +274,7 @@ TILES = {
     ("grad_query", 64, "sm90"): Tile(64, 64, 4, 2),
     ("grad_query", 128, "sm90"): Tile(64, 64, 8, 2),
     ("grad_query", 256, "sm90"): Tile(64, 32, 8, 1),
-    ("grad_key", 64, "sm80"): Tile(64, 32, 4, 2),
+    ("grad_key", 64, "sm80"): Tile(64, 32, 8, 2),
     ("grad_key", 128, "sm80"): Tile(64, 32, 8, 1),
     ("grad_key", 256, "sm80"): Tile(32, 32, 8, 1),
     ("grad_key", 64, "sm86"): Tile(64, 32, 4, 2),
