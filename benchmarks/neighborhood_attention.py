@@ -75,7 +75,7 @@ _CASES = (
     NeighborhoodCase("nat_56_k7_b64_dilation4", (56, 56), (7, 7), batch=64, dilation=4, **_GPU),
     NeighborhoodCase("sequence_16k_k255_causal", (16384,), (255,), 4, 16, 64, causal=True, quick=True, **_GPU),
     NeighborhoodCase("video_16x32x32_k377", (16, 32, 32), (3, 7, 7), 4, 8, 64, **_GPU),
-    *(NeighborhoodCase(f"map_{side}", (side, side), (7, 7), heads=2, modes=("fwd", "both"), **_BOTH) for side in _SIDES),
+    *(NeighborhoodCase(f"map_{n}", (n, n), (7, 7), heads=2, modes=("fwd", "both"), **_BOTH) for n in _SIDES),
 )
 
 

@@ -295,13 +295,13 @@ TILES = {
 }
 # The same for float32 inputs, on every architecture.
 FLOAT32_TILES = {
-    ("forward", 64): Tile(32, 32, 4, 1),
+    ("forward", 64): Tile(32, 32, 8, 1),
     ("forward", 128): Tile(32, 32, 8, 1),
     ("forward", 256): Tile(16, 16, 8, 1),
-    ("grad_query", 64): Tile(32, 16, 4, 1),
+    ("grad_query", 64): Tile(32, 16, 8, 1),
     ("grad_query", 128): Tile(32, 16, 8, 1),
     ("grad_query", 256): Tile(16, 16, 8, 1),
-    ("grad_key", 64): Tile(32, 16, 4, 1),
+    ("grad_key", 64): Tile(32, 16, 8, 1),
     ("grad_key", 128): Tile(16, 16, 8, 1),
     ("grad_key", 256): Tile(16, 16, 8, 1),
     ("grad_table", 64): Tile(32, 32, 8, 1),

@@ -1,5 +1,6 @@
 """The Triton kernels of neighborhood attention in Triton's interpreter: TRITON_INTERPRET=1 pytest <this file>."""
 
+import itertools
 import math
 import os
 
@@ -12,20 +13,19 @@ from test_neighborhood_attention import made
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-MOST_PLACES = 200  # of a map, and times heads and batch: the interpreter runs every operation of every program
+MOST_PROGRAMS = 6  # of a launch: the interpreter runs every operation of every program
 
 
-def places(case) -> int:
-    return case.grad.shape[:-1].numel()
+def programs(case) -> int:
+    """About: tiles of 16 places of every dilation group, head and sample."""
+    batch, *space, heads, _ = case.grad.shape
+    groups = math.prod(case.options["dilation"])
+    return batch * heads * groups * math.ceil(math.prod(space) / groups / 16)
 
 
 def cheap_seeds(count: int) -> list[int]:
-    seeds, seed = [], 0
-    while len(seeds) < count:
-        if places(draw(seed, torch.float32, small=True)) <= MOST_PLACES:
-            seeds.append(seed)
-        seed += 1
-    return seeds
+    seeds = (seed for seed in itertools.count() if programs(draw(seed, torch.float32, small=True)) <= MOST_PROGRAMS)
+    return list(itertools.islice(seeds, count))
 
 
 def agree(case):
@@ -35,7 +35,7 @@ def agree(case):
     check(case, results, truth, naive, "triton, interpreted")
 
 
-@pytest.mark.parametrize("seed", cheap_seeds(40))
+@pytest.mark.parametrize("seed", cheap_seeds(24))
 def test_random_calls(seed):
     agree(draw(seed, torch.float16 if seed % 2 else torch.float32, small=True))
 
@@ -45,9 +45,8 @@ def test_random_calls(seed):
     [
         made((31,), (70,), heads=1, heads_kv=1, dim=8),
         made((5, 5), (9, 8), heads=1, heads_kv=1, dim=8, causal=(False, True)),
-        made((2, 2, 2), (4, 5, 4), heads_kv=1, dim=8, dilation=(2, 1, 2)),
-        made((3,), (9,), dim=1),
-        made((3,), (9,), dim=130, table=False),
+        made((2, 2, 3), (2, 5, 4), heads_kv=1, dim=8, dilation=(1, 2, 1)),
+        made((3,), (9,), heads=1, heads_kv=1, dim=130, table=False),
     ],
     ids=lambda case: f"{case.kernel} of {tuple(case.grad.shape[1:])}",
 )
