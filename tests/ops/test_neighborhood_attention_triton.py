@@ -13,7 +13,7 @@ from test_neighborhood_attention import made
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-MOST_PROGRAMS = 6  # of a launch: the interpreter runs every operation of every program
+MOST_PROGRAMS = 4  # of a launch: the interpreter runs every operation of every program
 
 
 def programs(case) -> int:
@@ -35,7 +35,7 @@ def agree(case):
     check(case, results, truth, naive, "triton, interpreted")
 
 
-@pytest.mark.parametrize("seed", cheap_seeds(24))
+@pytest.mark.parametrize("seed", cheap_seeds(20))
 def test_random_calls(seed):
     agree(draw(seed, torch.float16 if seed % 2 else torch.float32, small=True))
 
