@@ -283,7 +283,7 @@ def test_errors():
     with pytest.raises(ValueError, match="dim must be a multiple of num_heads unless head_dim is given, got 64 and 5"):
         Attention(64, 5)
     assert Attention(64, 5, head_dim=8)(tokens()).shape == (2, 10, 64)
-    with pytest.raises(ValueError, match=r"mixer must be one of softmax, linear, .* or a module, got 'quadratic'"):
+    with pytest.raises(ValueError, match=r"mixer must be one of softmax, .*, a module or a class, got 'quadratic'"):
         Attention(64, 4, mixer="quadratic")
     with pytest.raises(ValueError, match=r"activation must be one of relu, .* got 'elu'"):
         FeedForward(64, 64, "elu")
