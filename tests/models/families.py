@@ -21,7 +21,7 @@ class Family:
     """make(**choices) builds a model, inputs(length) its arguments, loss(outputs) a number that training lowers.
 
     mixers: other choices of a mixer that make sense, with whatever else they ask for. shallow: choices for the least
-    depth; dropout: choices that drop in training.
+    depth; dropout: choices that drop in training. unused: parameters that the inputs do not ask for.
     """
 
     make: Callable
@@ -30,13 +30,14 @@ class Family:
     mixers: dict[str, dict] = field(default_factory=dict)
     shallow: dict = field(default_factory=lambda: {"depth": 1})
     dropout: dict = field(default_factory=lambda: {"dropout": 0.1, "attention_dropout": 0.1})
+    unused: tuple[str, ...] = ()
 
     def run(self, model, length: int = 11) -> tuple[Tensor, ...]:
         """The outputs for inputs of a length, at least 11, that of the longest row; or that many images."""
         args, options = self.inputs(length)
         dtype = next(model.parameters()).dtype
         out = model(*(x.to(dtype) if x.is_floating_point() else x for x in args), **options)
-        return out if isinstance(out, tuple) else (out,)
+        return tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
 
 
 def tokens(length, seed=1):
@@ -67,7 +68,7 @@ def ctc(logits):
 def images(count, height=32, width=32):
     """Each brighter than the one before."""
     noise = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
-    return noise + torch.linspace(-1, 1, count)[:, None, None, None]
+    return 0.3 * noise + torch.linspace(-1, 1, count)[:, None, None, None]
 
 
 def classes(*logits):
@@ -89,13 +90,18 @@ def replknet(backend=None, **choices):  # a convolutional network: there is noth
     return models.RepLKNet(5, **{"dims": (16, 32), "depths": (1, 2), "kernels": (9, 7), "small": 3} | choices)
 
 
-def reconstruction(pixels, hidden):
-    return mae.reconstruction_loss(pixels, hidden, images(len(pixels), 24, 24))
+def noise(count):
+    return torch.rand(count, 9, generator=torch.Generator().manual_seed(0))
+
+
+def reconstruction(pixels):
+    ranks = noise(len(pixels)).argsort(1).argsort(1)  # two of the nine patches are shown
+    return mae.reconstruction_loss(pixels, ranks >= 2, images(len(pixels), 24, 24))
 
 
 def detection(logits, boxes):
-    places = torch.rand(len(logits), 2, 4, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
-    return detr.matching_loss(logits, boxes, [(torch.tensor([i % 5, 4]), x) for i, x in enumerate(places)])
+    places = torch.tensor([[0.3, 0.3, 0.4, 0.2], [0.6, 0.7, 0.3, 0.5]])
+    return detr.matching_loss(logits, boxes, [(torch.tensor([i % 5, 4]), places) for i in range(len(logits))])
 
 
 def shown(height, width):
@@ -108,7 +114,8 @@ def shown(height, width):
 def prompts(count):
     generator = torch.Generator().manual_seed(count)
     points, corner = (48 * torch.rand(count, 2, *shape, 2, generator=generator) for shape in ((3,), ()))
-    return points, torch.tensor([1, 0, -1]).expand(count, 2, 3), torch.cat((corner / 2, corner / 2 + 20), -1)
+    masks = torch.randn(count, 1, 24, 24, generator=generator)
+    return points, torch.tensor([1, 0, -1]).expand(count, 2, 3), torch.cat((corner / 2, corner / 2 + 20), -1), masks
 
 
 def segmentation(masks, scores):
@@ -253,7 +260,7 @@ FAMILIES = {
         lambda **choices: models.MAE(
             image_size=24, patch=8, **SMALL | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2} | choices
         ),
-        lambda n: ((images(n, 24, 24),), {"noise": torch.rand(n, 9, generator=torch.Generator().manual_seed(0))}),
+        lambda n: ((images(n, 24, 24),), {"noise": noise(n)}),
         reconstruction,
         LINEAR,
     ),
@@ -273,6 +280,7 @@ FAMILIES = {
         lambda n: ((images(n, 48, 48), *prompts(n)), {}),
         segmentation,
         dropout={"attention_dropout": 0.1},
+        unused=("prompts.no_mask",),
     ),
     "maskgit": Family(
         lambda **choices: models.MaskGIT(40, 5, length=16, **SMALL | choices),

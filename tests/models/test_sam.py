@@ -24,8 +24,7 @@ def test_masks_and_scores(given, single):
         mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 24},
     )  # fmt: skip
     model, image = SAM.from_transformers(host).eval(), images(2, 48, 48)
-    points, labels, boxes = prompts(2)
-    masks = torch.randn(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    points, labels, boxes, masks = prompts(2)
     chosen = {
         "points": {"points": points, "labels": labels},
         "boxes": {"boxes": boxes},
@@ -41,7 +40,7 @@ def test_masks_and_scores(given, single):
 @torch.no_grad()
 def test_prompts_do_not_see_each_other():
     model, image = make("sam"), images(2, 48, 48)
-    points, labels, boxes = prompts(2)
+    points, labels, boxes, _ = prompts(2)
     features = model.encode(image)
     masks, scores = model.decode(features, points, labels, boxes)
     for i in range(2):
@@ -52,7 +51,7 @@ def test_prompts_do_not_see_each_other():
 
 def test_errors():
     model, image = make("sam"), images(1, 48, 48)
-    points, labels, _ = prompts(1)
+    points, labels, *_ = prompts(1)
     with pytest.raises(ValueError, match="a prompt must have points or boxes"):
         model(image)
     with pytest.raises(ValueError, match="points and labels must be given together"):
