@@ -154,9 +154,7 @@ def gathered(query, key, value, table, indices) -> torch.Tensor:
 
 def _indices(inputs: dict[str, Any]):
     query = inputs["query"]
-    return gather_indices(
-        query.shape[1:-2], inputs["kernel_size"], inputs["dilation"], inputs["causal"], query.device
-    )
+    return gather_indices(query.shape[1:-2], inputs["kernel_size"], inputs["dilation"], inputs["causal"], query.device)
 
 
 def _gathered(inputs: dict[str, Any]) -> torch.Tensor:

@@ -15,6 +15,7 @@ MODULES = [
     ".ops.decode_attention",
     ".feature_maps",
     ".ops.linear_attention",
+    ".ops.neighborhood_attention",
     ".ops.rope",
     ".positions",
     ".rope",
