@@ -29,8 +29,8 @@ from .attention_scores import (
     place_of,
     scores,
     view,
-    visibility,
     visible_blocks,
+    visible_in_pass,
 )
 from .common import LOG2E, dot, launch_context, load_tile, store_tile
 
@@ -44,17 +44,20 @@ def _attend(
 ):  # fmt: skip
     """The online softmax over the blocks of keys of a pass."""
     for i in range(block_count(blocks, terms, PASS, BLOCK_N)):
-        start_n, columns, there = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
-        key = load_keys(key_base, key_stride, start_n, columns, there, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
+        start_n, columns = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
+        key = load_keys(key_base, key_stride, start_n, columns, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
         products = dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        visible = visibility(rows[:, None], columns[None, :], there, shift, key_limit, left, right, terms, PASS)
         if PLAIN:  # scale > 0 and no other term: the maximum comes before the scale, which then joins an FMA
-            if visible is not None:
+            if PASS != WHOLE:
+                visible = visible_in_pass(
+                    rows[:, None], columns[None, :], shift, key_limit, left, right, own, terms, PASS
+                )
                 products = tl.where(visible, products, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
         else:
             s, _ = scores(
-                products, rows[:, None], columns[None, :], visible, length_q, key_limit, shift, scale, own, terms,
+                products, rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left, right, terms,
+                PASS,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(s, 1))
         finite_max = new_max
@@ -68,9 +71,7 @@ def _attend(
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
         weights = dropout_of_pass(weights, rows, columns, start_n, stream, terms, BLOCK_N, False, PASS)
-        value = load_keys(
-            value_base, value_stride, start_n, columns, there, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS
-        )
+        value = load_keys(value_base, value_stride, start_n, columns, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS)
         rounded = weights.to(value.dtype)
         acc = dot(rounded, value, acc * correction[:, None])  # [BLOCK_M, BLOCK_DV]
         if EXACT:

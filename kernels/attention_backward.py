@@ -11,7 +11,7 @@ Three kernels, each recomputing the scores, each result owned by one program, so
         at large head dims dK and dV are two launches, as one program cannot hold both sums in registers;
     mask, distance and map gradients (attention_{mask,distance,decomposed}_gradient.py): only when asked for.
 Global keys are a third loop of the query gradient. What they gather from the queries beside whose window they lie is
-summed before the key gradient, which adds it to its own: a program owns a block of them and a share of the queries.
+summed before the key gradient, which starts from it: a program owns a block of them and a share of the queries.
 """
 
 import functools
@@ -45,7 +45,6 @@ from .attention_scores import (
     scores,
     statistics_of,
     view,
-    visibility,
     visible_blocks,
 )
 from .common import LOG2E, dot, launch_context, load_tile, store_tile
@@ -62,15 +61,12 @@ def _query_gradient(
 ):  # fmt: skip
     """Adds dS·K (and the slope's terms, a row each) over the blocks of keys of a pass."""
     for i in range(block_count(blocks, terms, PASS, BLOCK_N)):
-        start_n, columns, there = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
-        key = load_keys(key_base, key_stride, start_n, columns, there, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
-        value = load_keys(
-            value_base, value_stride, start_n, columns, there, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS
-        )
-        visible = visibility(rows[:, None], columns[None, :], there, shift, key_limit, left, right, terms, PASS)
+        start_n, columns = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
+        key = load_keys(key_base, key_stride, start_n, columns, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
+        value = load_keys(value_base, value_stride, start_n, columns, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS)
         s, bent = scores(
-            dot(query, tl.trans(key)), rows[:, None], columns[None, :], visible, length_q, key_limit, shift, scale, own,
-            terms,
+            dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left,
+            right, terms, PASS,
         )  # fmt: skip
         weights = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_N]
         grad_weights = dot(grad_out, tl.trans(value))
@@ -156,8 +152,8 @@ def attention_query_gradient_kernel(
 
 @triton.jit
 def _key_gradient(
-    grad_key, grad_value, key, value, query, grad_out, statistics, columns, there, start_n, blocks, batch, kv_head,
-    heads, group, first_q, length_q, key_limit, shift, scale, left, right, terms,
+    grad_key, grad_value, key, value, query, grad_out, statistics, columns, start_n, blocks, batch, kv_head, heads,
+    group, first_q, length_q, key_limit, shift, scale, left, right, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
@@ -183,15 +179,9 @@ def _key_gradient(
         lse = tl.load(lse_base + tl.arange(0, BLOCK_M))
         delta = tl.load(lse_base + statistics.delta + tl.arange(0, BLOCK_M)) if KEY else lse
         own = head_terms(terms, batch, head)
-        if PASS == GLOBAL:
-            visible = visibility(
-                rows[None, :], columns[:, None], there[:, None], shift, key_limit, left, right, terms, PASS
-            )
-        else:
-            visible = visibility(rows[None, :], columns[:, None], None, shift, key_limit, left, right, terms, PASS)
         s, bent = scores(
-            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], visible, length_q, key_limit, shift, scale,
-            own, terms,
+            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, own,
+            left, right, terms, PASS,
         )  # fmt: skip
         weights = tl.exp2(s - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if VALUE:
@@ -227,31 +217,31 @@ def attention_key_gradient_kernel(
     grad_key_base = base_of(grad_key, batch, kv_head, first_k)
     grad_value_base = base_of(grad_value, batch, kv_head, first_k)
     columns = start_n + tl.arange(0, BLOCK_N)
-    key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
     key_acc, value_acc = 0.0, 0.0
     if KEY:
         key_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if VALUE:
         value_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    last = tl.minimum(start_n + BLOCK_N, key_limit) - 1
-    query_limit = tl.where(start_n < key_limit, length_q, 0)
-    blocks = visible_blocks(start_n, last, -shift, query_limit, window_right, window_left, BLOCK_M)
-    for PASS in tl.static_range(2):
-        key_acc, value_acc = _key_gradient(
-            key_acc, value_acc, key_tile, value_tile, query, grad_out, statistics, columns, None, start_n, blocks,
-            batch, kv_head, heads, group, first_q, length_q, key_limit, shift, scale, window_left, window_right, terms,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY, VALUE, PASS,
-        )  # fmt: skip
     if terms.global_slots is not None:
         slots = terms.global_slots + batch.to(tl.int64) * terms.slots_stride + columns
         slots = tl.load(slots, mask=columns < key_limit, other=-1)
         if KEY:
             global_base = base_of(global_key, batch, kv_head, 0)
-            key_acc += gather_tile(global_base, global_key.strides[2], slots, slots >= 0, HEAD_DIM, BLOCK_D)
+            key_acc = gather_tile(global_base, global_key.strides[2], slots, slots >= 0, HEAD_DIM, BLOCK_D)
         if VALUE:
             global_base = base_of(global_value, batch, kv_head, 0)
-            value_acc += gather_tile(global_base, global_value.strides[2], slots, slots >= 0, HEAD_DIM_V, BLOCK_DV)
+            value_acc = gather_tile(global_base, global_value.strides[2], slots, slots >= 0, HEAD_DIM_V, BLOCK_DV)
+    key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+    last = tl.minimum(start_n + BLOCK_N, key_limit) - 1
+    query_limit = tl.where(start_n < key_limit, length_q, 0)
+    blocks = visible_blocks(start_n, last, -shift, query_limit, window_right, window_left, BLOCK_M)
+    for PASS in tl.static_range(2):
+        key_acc, value_acc = _key_gradient(
+            key_acc, value_acc, key_tile, value_tile, query, grad_out, statistics, columns, start_n, blocks, batch,
+            kv_head, heads, group, first_q, length_q, key_limit, shift, scale, window_left, window_right, terms,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY, VALUE, PASS,
+        )  # fmt: skip
     read = (columns < key_limit)[:, None]  # what padding keys gathered is thrown away
     if KEY:
         key_acc = tl.where(read, key_acc * output_scale, 0.0)
@@ -276,7 +266,8 @@ def attention_global_key_gradient_kernel(
     batch, kv_head, first_q, length_q, _, _, key_limit, shift = place_of(
         stream_kv, heads // group, rows_q, rows_k, terms, TOP_LEFT
     )
-    columns, there = global_columns(block, batch, key_limit, terms, BLOCK_N)
+    columns = global_columns(block, batch, key_limit, terms, BLOCK_N)
+    there = columns < key_limit
     key_base = base_of(key, batch, kv_head, 0)
     value_base = base_of(value, batch, kv_head, 0)
     key_tile = gather_tile(key_base, key.strides[2], columns, there, HEAD_DIM, BLOCK_D)
@@ -289,7 +280,7 @@ def attention_global_key_gradient_kernel(
     first = share * SHARE // BLOCK_M
     blocks = first, tl.cdiv(tl.minimum((share + 1) * SHARE, rows_q), BLOCK_M) - first, 0, 0, 0, 0
     key_acc, value_acc = _key_gradient(
-        key_acc, value_acc, key_tile, value_tile, query, grad_out, statistics, columns, there, 0, blocks, batch,
+        key_acc, value_acc, key_tile, value_tile, query, grad_out, statistics, columns, 0, blocks, batch,
         kv_head, heads, group, first_q, length_q, key_limit, shift, scale, window_left, window_right, terms,
         HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY, VALUE, GLOBAL,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_global import is_global
+from .attention_global import any_global
 from .attention_scores import LENGTHS, base_of, head_terms, place_of, statistics_of, tile_gradient
 from .common import block_width, load_tile
 
@@ -55,13 +55,13 @@ def attention_decomposed_gradient_kernel(
         if window_right is not None:
             seen = seen & (start_n <= last + shift + window_right)
         if terms.global_slots is not None:
-            seen = seen | (tl.max(is_global(columns, batch, end_n, terms).to(tl.int32), 0) > 0)
+            seen = seen | any_global(columns, end_n, own)
         if seen:
             key_tile = load_tile(key_base, key.strides[2], start_n, end_n, HEAD_DIM, BLOCK_N, BLOCK_D, True)
             value_tile = load_tile(value_base, value.strides[2], start_n, end_n, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             grad_scores = tile_gradient(
                 query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, end_n, length_q,
-                shift, scale, own, window_left, window_right, batch, stream, terms, ALIGNED=False,
+                shift, scale, own, window_left, window_right, stream, terms, ALIGNED=False,
             )  # fmt: skip
             acc += grad_scores
             tl.store(out + map_row, tl.sum(grad_scores, 1), mask=rows < length_q)

@@ -11,7 +11,7 @@ numbers a distance; the same call gives the same bits. Of tiles outside the wind
 import triton
 import triton.language as tl
 
-from .attention_global import is_global
+from .attention_global import any_global
 from .attention_scores import LENGTHS, base_of, head_terms, place_of, statistics_of, tile_gradient
 from .common import load_tile
 
@@ -54,7 +54,7 @@ def attention_distance_gradient_kernel(
         rows, columns = start_m + tl.arange(0, BLOCK), start_n + tl.arange(0, BLOCK)
         seen = True
         if terms.global_slots is not None:
-            seen = not outside or tl.max(is_global(columns, batch, key_limit, terms).to(tl.int32), 0) > 0
+            seen = not outside or any_global(columns, key_limit, own)
         if seen:
             query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK, BLOCK_D, True)
             grad_out_tile = load_tile(
@@ -66,7 +66,7 @@ def attention_distance_gradient_kernel(
             delta = tl.load(lse_base + statistics.delta + rows)
             acc += tile_gradient(
                 query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
-                length_q, shift, scale, own, window_left, window_right, batch, stream, terms, ALIGNED=True,
+                length_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
             )  # fmt: skip
 
     row, k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)

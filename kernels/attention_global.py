@@ -28,31 +28,34 @@ def slots_of(keys: torch.Tensor, rows_k: int) -> torch.Tensor:
 
 @triton.jit
 def global_columns(block, batch, key_limit, terms, BLOCK_N: tl.constexpr):
-    """(keys of a block, which of them are there); 0 stands for one that is not."""
+    """The keys of a block; what is no key lies past the key limit."""
     places = block * BLOCK_N + tl.arange(0, BLOCK_N)
     base = terms.global_keys + batch.to(tl.int64) * terms.global_stride
     columns = tl.load(base + places, mask=places < terms.global_count, other=-1)
-    there = (columns >= 0) & (columns < key_limit)
-    return tl.where(there, columns, 0), there
+    return tl.where((columns >= 0) & (columns < key_limit), columns, 1 << 30)
 
 
 @triton.jit
-def is_beside_window(rows, columns, there, shift, left, right, terms):
-    """Whether a query sees a global key that its window does not hold."""
+def is_beside_window(rows, columns, shift, key_limit, left, right, terms):
+    """Whether a query sees a key that its window does not hold, if it is global."""
     distance = columns - rows - shift
     beside = distance != distance
     if left is not None:
         beside = distance < -left
     if terms.global_after is not None:
         beside = beside | (distance > right)
-    return beside & there
+    return beside & (columns < key_limit)
 
 
 @triton.jit
-def is_global(columns, batch, key_limit, terms):
-    """Of keys in their order."""
-    base = terms.global_slots + batch.to(tl.int64) * terms.slots_stride
-    return tl.load(base + columns, mask=columns < key_limit, other=-1) >= 0
+def is_global(columns, key_limit, own):
+    """Of keys in their order; `own`: the terms of a head."""
+    return tl.load(own[5] + columns, mask=columns < key_limit, other=-1) >= 0
+
+
+@triton.jit
+def any_global(columns, key_limit, own):
+    return tl.max(is_global(columns, key_limit, own).to(tl.int32), 0) > 0
 
 
 @triton.jit

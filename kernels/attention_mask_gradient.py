@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_global import is_global
+from .attention_global import any_global
 from .attention_scores import LENGTHS, base_of, head_terms, key_limit_of, tile_gradient, visible_blocks
 from .common import load_tile
 
@@ -50,7 +50,7 @@ def attention_mask_gradient_kernel(
         own = head_terms(terms, batch, head)
         if terms.global_slots is not None:
             columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            has_global = tl.max(is_global(columns, batch, key_limit, terms).to(tl.int32), 0)
+            has_global = any_global(columns, key_limit, own)
         for start_m in range(first_row, end_row, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
             last = tl.minimum(start_m + BLOCK_M, rows_q) - 1
@@ -61,8 +61,8 @@ def attention_mask_gradient_kernel(
                 begin = tl.maximum(begin, tile_n)
                 end = tl.minimum(end, tile_n + 1)
             if terms.global_slots is not None:  # a mask with a gradient has all keys: the tile is one of theirs
-                begin = tl.where(has_global > 0, tile_n, begin)
-                end = tl.where(has_global > 0, tile_n + 1, end)
+                begin = tl.where(has_global, tile_n, begin)
+                end = tl.where(has_global, tile_n + 1, end)
             query_tile = load_tile(query_base, query.strides[2], start_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             grad_out_tile = load_tile(
                 grad_out_base, grad_out.strides[2], start_m, rows_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
@@ -78,7 +78,7 @@ def attention_mask_gradient_kernel(
                 )
                 acc += tile_gradient(
                     query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
-                    rows_q, shift, scale, own, window_left, window_right, batch, stream, terms, ALIGNED=True,
+                    rows_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
                 )  # fmt: skip
 
     mask_rows = 1 if ONE_ROW else rows_q

@@ -17,7 +17,8 @@ import triton.language as tl
 from .attention_global import gather_tile, gathered_dropout, global_columns, is_beside_window, is_global, unique_keys
 from .common import INTERPRET, LOG2E, architecture, block_width, dot, keep_bits, load_tile, tanh
 
-WHOLE, EDGE, GLOBAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # passes over blocks, by what a query sees
+# Passes over blocks of keys: seen whole by every query, in part, global keys outside the window, in part or global.
+WHOLE, EDGE, GLOBAL, EDGE_OR_GLOBAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LENGTHS = ["rows_q", "rows_k", "max_rows_q", "max_rows_k", "window_left", "window_right"]  # never specialised on
 
 
@@ -131,36 +132,24 @@ def block_at(i, blocks, PASS: tl.constexpr):
 
 @triton.jit
 def columns_at(i, blocks, batch, key_limit, terms, PASS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first key, keys, which of them are there) of the i-th block of keys in a pass."""
+    """(first key, keys) of the i-th block of keys in a pass; global keys have no first one."""
+    start_n = block_at(i, blocks, PASS) * BLOCK_N
+    columns = start_n + tl.arange(0, BLOCK_N)
     if PASS == GLOBAL:
-        columns, there = global_columns(i, batch, key_limit, terms, BLOCK_N)
-        return 0, columns, there
-    else:
-        start_n = block_at(i, blocks, PASS) * BLOCK_N
-        return start_n, start_n + tl.arange(0, BLOCK_N), None
+        columns = global_columns(i, batch, key_limit, terms, BLOCK_N)
+    return start_n, columns
 
 
 @triton.jit
 def load_keys(
-    base, stride, start_n, columns, there, key_limit, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    base, stride, start_n, columns, key_limit, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
     PASS: tl.constexpr,
 ):  # fmt: skip
     """Rows of key or value at what columns_at has returned."""
     if PASS == GLOBAL:
-        return gather_tile(base, stride, columns, there, WIDTH, BLOCK)
+        return gather_tile(base, stride, columns, columns < key_limit, WIDTH, BLOCK)
     else:
         return load_tile(base, stride, start_n, key_limit, WIDTH, BLOCK_N, BLOCK, PASS == EDGE)
-
-
-@triton.jit
-def visibility(rows, columns, there, shift, key_limit, left, right, terms, PASS: tl.constexpr):
-    """Which pairs of a block count in a pass; None: all of them."""
-    if PASS == GLOBAL:
-        return is_beside_window(rows, columns, there, shift, left, right, terms)
-    elif PASS == EDGE:
-        return is_visible(rows, columns, shift, key_limit, left, right)
-    else:
-        return None
 
 
 @triton.jit
@@ -174,18 +163,27 @@ def is_visible(rows, columns, shift, key_limit, left, right):
 
 
 @triton.jit
+def visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS: tl.constexpr):
+    """Which pairs of a block count in a pass that does not see it whole."""
+    if PASS == GLOBAL:
+        return is_beside_window(rows, columns, shift, key_limit, left, right, terms)
+    else:
+        visible = is_visible(rows, columns, shift, key_limit, left, right)
+        if PASS == EDGE_OR_GLOBAL and terms.global_slots is not None:
+            beside = is_beside_window(rows, columns, shift, key_limit, left, right, terms)
+            visible = visible | (beside & is_global(columns, key_limit, own))
+        return visible
+
+
+@triton.jit
 def tile_gradient(
     query, grad_out, key, value, lse, delta, rows, columns, start_n, key_limit, length_q, shift, scale, own, left,
-    right, batch, stream, terms, ALIGNED: tl.constexpr,
+    right, stream, terms, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dS [rows, columns] of keys from start_n on, before the soft cap, for biases. ALIGNED: start_n % 4 is 0."""
-    visible = is_visible(rows[:, None], columns[None, :], shift, key_limit, left, right)
-    if terms.global_slots is not None:
-        there = is_global(columns, batch, key_limit, terms)[None, :]
-        visible = visible | is_beside_window(rows[:, None], columns[None, :], there, shift, left, right, terms)
     s, _ = scores(
-        dot(query, tl.trans(key)), rows[:, None], columns[None, :], visible, length_q, key_limit, shift, scale, own,
-        terms,
+        dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left, right,
+        terms, EDGE_OR_GLOBAL,
     )  # fmt: skip
     grad_weights = dot(grad_out, tl.trans(value))
     if terms.dropout_seed is not None:
@@ -210,8 +208,8 @@ def place_of(stream, heads, rows_q, rows_k, terms, TOP_LEFT: tl.constexpr):
 @triton.jit
 def head_terms(terms, batch, head):
     """What of the terms belongs to one head: (mask pointer, ALiBi slope, pointers to distance 0 of its bias, to its
-    numbers of map rows and of map columns)."""
-    mask, slope, bias, row_bias, column_bias = 0, 0.0, 0, 0, 0
+    numbers of map rows and of map columns, to the places of global keys)."""
+    mask, slope, bias, row_bias, column_bias, slots = 0, 0.0, 0, 0, 0, 0
     if terms.mask is not None:
         strides = terms.mask_strides
         mask = terms.mask + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
@@ -223,17 +221,19 @@ def head_terms(terms, batch, head):
         of_rows, of_columns = terms.row_bias_strides, terms.column_bias_strides
         row_bias = terms.row_bias + batch.to(tl.int64) * of_rows[0] + head.to(tl.int64) * of_rows[1]
         column_bias = terms.column_bias + batch.to(tl.int64) * of_columns[0] + head.to(tl.int64) * of_columns[1]
-    return mask, slope, bias, row_bias, column_bias
+    if terms.global_slots is not None:
+        slots = terms.global_slots + batch.to(tl.int64) * terms.slots_stride
+    return mask, slope, bias, row_bias, column_bias, slots
 
 
 @triton.jit
-def scores(products, rows, columns, visible, length_q, key_limit, shift, scale, own, terms):
+def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left, right, terms, PASS: tl.constexpr):
     """(scores in log2 units, -inf where masked; tanh of the soft cap, else the products).
 
-    `products` are q·k; `rows` and `columns` broadcast against them in either orientation. `visible` is None where all
-    pairs of the tile are. `scale` includes log2(e), or 1/softcap where a cap follows.
+    `products` are q·k; `rows` and `columns` broadcast against them in either orientation. `scale` includes log2(e), or
+    1/softcap where a cap follows.
     """
-    mask, slope, bias, row_bias, column_bias = own
+    mask, slope, bias, row_bias, column_bias, _ = own
     bent = products
     s = products * scale
     if terms.softcap is not None:
@@ -258,7 +258,8 @@ def scores(products, rows, columns, visible, length_q, key_limit, shift, scale, 
             s = tl.where(added != 0, s, float("-inf"))
         else:
             s += added.to(tl.float32) * LOG2E
-    if visible is not None:
+    if PASS != WHOLE:
+        visible = visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS)
         s = tl.where(visible, s, float("-inf"))
     return s, bent
 
@@ -467,8 +468,14 @@ class Problem:
                 return INTERPRETER_TILE._replace(block_m=INTERPRETER_TILE.block_n)
             return None if kernel == "grad_value" and self.head_dim_bucket < 256 else INTERPRETER_TILE
         if self.dtype == torch.float32:
-            return FLOAT32_TILES.get((kernel, self.head_dim_bucket))
-        return TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
+            tile = FLOAT32_TILES.get((kernel, self.head_dim_bucket))
+        else:
+            tile = TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
+        if tile is not None and self.terms.row_bias is not None:  # two gathered numbers a score take registers
+            smaller = {"forward": "block_n", "grad_query": "block_n", "grad_key": "block_m", "grad_value": "block_m"}
+            if side := smaller.get(kernel):
+                tile = tile._replace(**{side: max(16, getattr(tile, side) // 2)})
+        return tile
 
     def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:
         """Launches of the key-gradient kernel: one for both sums, or one each where the table has a grad_value row."""
