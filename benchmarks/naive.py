@@ -1,6 +1,6 @@
 """The plain formula in a case's own dtype, as one would write it in torch: the yardstick for errors and the first peer.
 
-`structure(...)` turns everything a dense mask can say (causal, window, global keys, key lengths, ALiBi) into one additive
+`structure(...)` turns everything a dense mask can say (causal, window, global keys, lengths, ALiBi) into one additive
 tensor of the smallest broadcastable shape, for the peers that know nothing else.
 """
 
