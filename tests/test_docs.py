@@ -17,6 +17,8 @@ MODULES = [
     ".rope",
     ".layers",
     ".mixers",
+    ".training",
+    ".tuning",
     ".information",
     ".reference",
     ".dispatch",
