@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+import pkgutil
 
 import pytest
+
+from xformer_fast import models
 
 MODULES = [
     "",
@@ -19,6 +22,10 @@ MODULES = [
     ".mixers",
     ".training",
     ".tuning",
+    ".frontends",
+    ".checkpoints",
+    ".generation",
+    *(f".models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
     ".information",
     ".reference",
     ".dispatch",

@@ -39,5 +39,6 @@ def renamed(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
 def expect(config, **values):
     """ValueError where a host's config has anything else than these: its weights would mean something else here."""
     for name, value in values.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"its config has {name}={getattr(config, name)!r}; this model is one of {name}={value!r}")
+        found = getattr(config, name)
+        if (list(found) if isinstance(found, tuple) else found) != value:
+            raise ValueError(f"its config has {name}={found!r}; this model is one of {name}={value!r}")

@@ -1,4 +1,4 @@
-"""What makes x, (B, S, C) or (B, H, W, C), of features, spectrograms and images: strided convolutions."""
+"""What makes x, (B, S, C) or (B, H, W, C), of features, spectrograms and images, and works on maps: convolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,21 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.projection(image).permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Sequential):
+    """Modules of (B, C, H, W), a convolution and a batch norm say, one after another on a map (B, H, W, C).
+
+    >>> import torch
+    >>> from xformer_fast.frontends import ChannelsFirst
+    >>> from xformer_fast.layers import FeedForward, TransformerLayer
+    >>> depthwise = ChannelsFirst(torch.nn.Conv2d(64, 64, 7, padding=3, groups=64))
+    >>> TransformerLayer(64, depthwise, FeedForward(64, 256))(torch.randn(2, 14, 14, 64)).shape
+    torch.Size([2, 14, 14, 64])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class Conv1dSubsampling(nn.Module):

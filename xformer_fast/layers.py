@@ -33,8 +33,9 @@ class Attention(nn.Module):
         dim: channels of x. num_heads: of the query; num_kv_heads: of key and value where fewer (GQA).
         head_dim: dim / num_heads by default. memory_dim: channels of the memory where not dim.
         bias, out_bias: of the projections of query, key and value, and of the one back (default: as bias).
-        mixer: "softmax", "linear", "window", "neighborhood", "relative" (see `mixers`), or a module like these.
-        mixer_options: arguments of the named mixer, `backend` among them.
+        mixer: "softmax", "linear", "window", "neighborhood", "relative" (see `mixers`), a module like these, or a class
+            of such modules.
+        mixer_options: arguments of the named mixer, or of the class, `backend` among them.
 
     `attention.prefix = Prefix(...)` puts learned keys and values before every sequence. The projections `query`, `key`,
     `value`, `out` are modules that can be replaced, by LoRA's or by CvT's convolutions.
@@ -60,14 +61,14 @@ class Attention(nn.Module):
         memory_dim: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
-        mixer: str | nn.Module = "softmax",
+        mixer: str | nn.Module | Callable[..., nn.Module] = "softmax",
         **mixer_options,
     ):
         super().__init__()
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}")
         if isinstance(mixer, str) and mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(MIXERS)} or a module, got {mixer!r}")
+            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, a module or a class, got {mixer!r}")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads
         width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -75,7 +76,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(memory_dim or dim, kv_width, bias=bias)
         self.value = nn.Linear(memory_dim or dim, kv_width, bias=bias)
         self.out = nn.Linear(width, dim, bias=bias if out_bias is None else out_bias)
-        self.mixer = MIXERS[mixer](num_heads, self.head_dim, **mixer_options) if isinstance(mixer, str) else mixer
+        make = MIXERS[mixer] if isinstance(mixer, str) else mixer
+        self.mixer = make if isinstance(make, nn.Module) else make(num_heads, self.head_dim, **mixer_options)
         self.prefix: Prefix | None = None
 
     def forward(
@@ -245,11 +247,18 @@ class Residual(nn.Module):
         y = self.dropout(self.branch(self.norm(x) if self.norm_first else x, *args, **options))
         if self.layer_scale is not None:
             y = y * self.layer_scale
-        if self.drop_path > 0 and self.training:
-            kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.drop_path
-            y = y * kept / (1 - self.drop_path)
+        if self.training:
+            y = drop_samples(y, self.drop_path)
         x = x + (y if self.weight == 1 else y * self.weight)
         return x if self.norm_first else self.norm(x)
+
+
+def drop_samples(y: Tensor, rate: float) -> Tensor:
+    """Zeros in place of whole samples of a branch, at a rate; the others grow by 1 / (1 - rate)."""
+    if rate == 0:
+        return y
+    kept = torch.rand(y.shape[0], *[1] * (y.dim() - 1), device=y.device) >= rate
+    return y * kept / (1 - rate)
 
 
 class TransformerLayer(nn.Module):

@@ -4,10 +4,20 @@ from .ast import AST
 from .bert import BERT
 from .branchformer import Branchformer
 from .conformer import Conformer
+from .convnext import ConvNeXt
+from .cvt import CvT
 from .gpt import GPT
 from .llama import LLaMA
+from .maxvit import MaxViT
+from .metaformer import MetaFormer
+from .replknet import RepLKNet
 from .speech_transformer import SpeechTransformer
+from .swin import Swin
 from .t5 import T5
 from .transformer import Transformer
+from .vit import ViT
 
-__all__ = ["AST", "BERT", "GPT", "T5", "Branchformer", "Conformer", "LLaMA", "SpeechTransformer", "Transformer"]
+__all__ = [
+    "AST", "BERT", "GPT", "T5", "Branchformer", "Conformer", "ConvNeXt", "CvT", "LLaMA", "MaxViT", "MetaFormer",
+    "RepLKNet", "SpeechTransformer", "Swin", "Transformer", "ViT",
+]  # fmt: skip
