@@ -328,6 +328,8 @@ def test_prefixes_of_peft_are_prefixes():
     for i, layer in enumerate(ours.layers):
         layer.mixer.branch.prefix.key.data = past[:, 2 * i]
         layer.mixer.branch.prefix.value.data = past[:, 2 * i + 1]
+    with torch.no_grad():  # the host counts the prefix as positions, too
+        ours.positions.table.weight[:9] = ours.positions.table.weight[5:14].clone()
     theirs = encode(tuned)
     mask = torch.arange(9) < torch.tensor([9, 4, 6])[:, None]
     mine = ours.encode(tokens(3, 9), lengths=torch.tensor([9, 4, 6]))[mask]

@@ -94,19 +94,18 @@ class Attention(nn.Module):
 
         memory: what key and value are made of, (B, *space, C), or both made before by `keys_values`; None: x itself.
         position, memory_position: added where queries and keys are made, not to values (DETR, SAM).
-        cache: of a causal layer that generates; x is then the new tokens. options: the mixer's, at each call.
+        cache: of a causal layer that generates; x is then the new tokens. options: the mixer's; None is no option.
         """
-        space = x.shape[1:-1]
+        options = _given(**options)
+        space, placed = x.shape[1:-1], x if position is None else x + position
         windows = getattr(self.mixer, "window_size", None)
         if windows is not None:
-            x = _pad_to_multiple(x, windows)
-        query = self.query(x if position is None else x + position).unflatten(-1, (-1, self.head_dim))
-        if isinstance(memory, tuple):
-            key, value = memory
-        elif memory is None:
-            key, value = self.keys_values(x, position)
+            x, placed = _pad_to_multiple(x, windows), _pad_to_multiple(placed, windows)
+        query = self._heads(self.query(placed))
+        if memory is None:
+            key, value = self._heads(self.key(placed)), self._heads(self.value(x))
         else:
-            key, value = self.keys_values(memory, memory_position)
+            key, value = memory if isinstance(memory, tuple) else self.keys_values(memory, memory_position)
         if cache is not None:
             out = self._decode(query, key, value, cache, options)
         else:
@@ -120,12 +119,15 @@ class Attention(nn.Module):
     def keys_values(self, memory: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values (B, *space, Hkv, D) of a memory, to hand to `forward` again and again."""
         key = self.key(memory if position is None else memory + position)
-        return key.unflatten(-1, (-1, self.head_dim)), self.value(memory).unflatten(-1, (-1, self.head_dim))
+        return self._heads(key), self._heads(self.value(memory))
 
     def new_cache(self, batch: int, capacity: int) -> "LayerCache":
         extra = 0 if self.prefix is None else self.prefix.key.shape[0]
         keys = self.mixer.new_cache(batch, self.num_kv_heads, self.head_dim, capacity + extra, self.out.weight)
         return LayerCache(keys)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def _decode(self, query, key, value, cache: "LayerCache", options: dict) -> Tensor:
         if self.prefix is not None and not cache.has_prefix:
@@ -139,8 +141,8 @@ class Attention(nn.Module):
 class Prefix(nn.Module):
     """Keys and values, learned, that stand before every sequence: Li and Liang, "Prefix-Tuning" (2021).
 
-    They go straight into the op, as `length` tokens before the first one, which every query sees. key, value: (length,
-    num_kv_heads, head_dim).
+    They go straight into the op, as `length` tokens before the first one: causal queries all see them. key, value:
+    (length, num_kv_heads, head_dim).
 
     >>> from xformer_fast.layers import Attention, Prefix
     >>> attention = Attention(64, 4).requires_grad_(False)
@@ -157,23 +159,21 @@ class Prefix(nn.Module):
 
     def forward(self, key: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, dict]:
         """Keys, values and the mixer's options, with the prefix before them."""
-        length = self.key.shape[0]
-        key, value = (
-            torch.cat((first.to(x.dtype), x.flatten(1, -3)), 1)
-            for first, x in zip(self.expanded(key.shape[0]), (key, value), strict=True)
-        )
-        return key, value, _lengthened(options, length)
+        length, key, value = self.key.shape[0], key.flatten(1, -3), value.flatten(1, -3)
+        options = _lengthened(options, length, key.shape[1])
+        first = self.expanded(key.shape[0])
+        key, value = (torch.cat((f.to(x.dtype), x), 1) for f, x in zip(first, (key, value), strict=True))
+        return key, value, options
 
 
-def _lengthened(options: dict, length: int, *, queries: bool = False) -> dict:
-    """A mixer's options where `length` keys that every query sees, and queries with them, stand before the others."""
+def _lengthened(options: dict, length: int, keys: int, *, queries: bool = False) -> dict:
+    """A mixer's options where `length` more keys, or keys and queries, stand before the `keys` that there are."""
     if options.get("key_lengths") is not None:
         options = options | {"key_lengths": options["key_lengths"] + length}
     mask = options.get("mask")
-    if mask is not None:
-        rows = length if queries and mask.dim() > 1 and mask.shape[-2] > 1 else 0
-        columns = length if mask.shape[-1] > 1 else 0
-        options = options | {"mask": F.pad(mask, (columns, 0, rows, 0), value=mask.dtype == torch.bool)}
+    if mask is not None and mask.shape[-1] == keys:
+        before = (length, 0, length, 0) if queries and mask.shape[-2:] == (keys, keys) else (length, 0)
+        options = options | {"mask": F.pad(mask, before, value=mask.dtype == torch.bool)}
     return options
 
 
@@ -323,7 +323,7 @@ class Stack(nn.ModuleList):
         tokens, lengths, prompted = x.shape[1], options.get("key_lengths"), 0
         if self.prompt is not None and not (cache is not None and cache.has_prompt):
             prompted = self.prompt.shape[1]
-            x, options = torch.cat((self._prompt(x, 0), x), 1), _lengthened(options, prompted, queries=True)
+            x, options = torch.cat((self._prompt(x, 0), x), 1), _lengthened(options, prompted, tokens, queries=True)
         for i, layer in enumerate(self):
             if prompted and 0 < i < len(self.prompt):
                 x = torch.cat((self._prompt(x, i), x[:, prompted:]), 1)
@@ -420,8 +420,9 @@ class LearnedPositions(Positions):
         self.table = nn.Embedding(max_length, dim)
 
     def forward(self, x: Tensor, start: Tensor | int = 0) -> Tensor:
-        if x.shape[1] > self.table.num_embeddings:
-            raise ValueError(f"x has {x.shape[1]} tokens, positions were learned for {self.table.num_embeddings}")
+        end = x.shape[1] + (start if isinstance(start, int) else 0)
+        if end > self.table.num_embeddings:
+            raise ValueError(f"{end} tokens: positions were learned for {self.table.num_embeddings}")
         return x + self.table(_places(x, start))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .ops.attention import attention
 from .ops.linear_attention import linear_attention
+from .ops.neighborhood_attention import neighborhood_attention
 from .ops.window_attention import window_attention
 from .positions import sinusoids
 
@@ -106,19 +107,21 @@ class WindowMixer(nn.Module):
 
 
 class NeighborhoodMixer(nn.Module):
-    """`neighborhood_attention`: each place attends to the kernel_size nearest on each axis (NATTEN's)."""
+    """`neighborhood_attention`: each place attends to the kernel_size nearest along each axis (NATTEN's).
+
+    kernel_size: one number for maps, or a tuple with one an axis. relative_bias: a learned bias of the relative place.
+    """
 
     def __init__(
-        self, num_heads, *, kernel_size, dilation=1, causal=False, relative_bias=True, scale=None, backend=None
-    ):
+        self, num_heads: int, head_dim: int, *, kernel_size, dilation=1, causal=False, relative_bias=True, scale=None,
+        backend=None,
+    ):  # fmt: skip
         super().__init__()
         self.kernel_size = _per_axis(kernel_size)
         self.constants = {"dilation": dilation, "causal": causal, "scale": scale, "backend": backend}
         self.relative_bias_table = _relative_table(self.kernel_size, num_heads) if relative_bias else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-        from .ops.neighborhood_attention import neighborhood_attention
-
         learned = {"relative_bias_table": self.relative_bias_table}
         return neighborhood_attention(query, key, value, self.kernel_size, **(self.constants | learned | options))
 

@@ -49,11 +49,12 @@ XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
 XF_INLINE float broadcast_source(const float* a) { return *a; }
 XF_INLINE Vec load_operand(const float* b) { return load(b); }
 
-// Up to two areas of rows (stride and columns in elements).
+// Areas of rows (stride and columns in elements). What does not fit the list is not asked for.
 class Prefetch {
  public:
   template <class T>
   void add(const T* p, int64_t stride, int64_t rows, int64_t columns) {
+    if (count_ == kMostAreas) return;
     Area& area = areas_[count_++];
     area = {reinterpret_cast<const char*>(p), stride * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), rows, 0};
     lines_ += rows * ((area.bytes + 63) / 64);
@@ -74,7 +75,8 @@ class Prefetch {
     const char* row;
     int64_t stride, bytes, rows, at;
   };
-  Area areas_[2];
+  static constexpr int kMostAreas = 8;
+  Area areas_[kMostAreas];
   int count_ = 0;
   int64_t lines_ = 0;
 };

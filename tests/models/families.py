@@ -27,7 +27,7 @@ class Family:
     mixers: dict[str, dict] = field(default_factory=dict)
 
     def run(self, model, length: int = 11) -> tuple[Tensor, ...]:
-        """The outputs for inputs of a length; 11 is one at which rows end early."""
+        """The outputs for inputs of a length, at least 11, that of the longest row."""
         args, options = self.inputs(length)
         dtype = next(model.parameters()).dtype
         out = model(*(x.to(dtype) if x.is_floating_point() else x for x in args), **options)
@@ -36,10 +36,6 @@ class Family:
 
 def tokens(length, seed=1):
     return random_tokens(4, length, seed=seed)
-
-
-def lengths(length, name="lengths"):
-    return {name: LENGTHS} if length == 11 else {}
 
 
 def features(length):
@@ -67,55 +63,55 @@ LINEAR = {"linear": {"mixer": "linear"}}
 LOCAL = {"window": {"window": (3, 0)}}
 FAMILIES = {
     "transformer": Family(
-        lambda **choices: models.Transformer(VOCAB, hidden=48, **SMALL, **choices),
-        lambda n: ((tokens(n, seed=2), tokens(n)), lengths(n, "source_lengths")),
+        lambda **choices: models.Transformer(VOCAB, hidden=48, **SMALL | choices),
+        lambda n: ((tokens(n, seed=2), tokens(n)), {"source_lengths": LENGTHS}),
         next_tokens,
         LINEAR,
     ),
     "bert": Family(
-        lambda **choices: models.BERT(VOCAB, **SMALL, **choices),
-        lambda n: ((tokens(n, seed=2),), lengths(n)),
+        lambda **choices: models.BERT(VOCAB, **SMALL | choices),
+        lambda n: ((tokens(n, seed=2),), {"lengths": LENGTHS}),
         bert_losses,
         LINEAR | LOCAL,
     ),
     "gpt": Family(
-        lambda **choices: models.GPT(VOCAB, **SMALL, **choices),
-        lambda n: ((tokens(n),), lengths(n)),
+        lambda **choices: models.GPT(VOCAB, **SMALL | choices),
+        lambda n: ((tokens(n),), {"lengths": LENGTHS}),
         next_tokens,
         LINEAR | LOCAL,
     ),
     "llama": Family(
         lambda **choices: models.LLaMA(VOCAB, hidden=48, **{"num_kv_heads": 2} | SMALL | choices),
-        lambda n: ((tokens(n),), lengths(n)),
+        lambda n: ((tokens(n),), {"lengths": LENGTHS}),
         next_tokens,
         {"linear": {"mixer": "linear", "positions": "sinusoidal"}} | LOCAL,
     ),
     "t5": Family(
-        lambda **choices: models.T5(VOCAB, hidden=48, activation="geglu_tanh", **SMALL, **choices),
-        lambda n: ((tokens(n, seed=2), tokens(n)), lengths(n, "source_lengths")),
+        lambda **choices: models.T5(VOCAB, hidden=48, activation="geglu_tanh", **SMALL | choices),
+        lambda n: ((tokens(n, seed=2), tokens(n)), {"source_lengths": LENGTHS}),
         next_tokens,
     ),
     "speech_transformer": Family(
-        lambda **choices: models.SpeechTransformer(16, VOCAB, decoder_depth=2, hidden=48, **SMALL, **choices),
-        lambda n: ((features(n), tokens(n)), {name: 4 * x for name, x in lengths(n).items()}),
+        lambda **choices: models.SpeechTransformer(16, VOCAB, hidden=48, **SMALL | {"decoder_depth": 2} | choices),
+        lambda n: ((features(n), tokens(n)), {"lengths": 4 * LENGTHS}),
         next_tokens,
         LINEAR,
     ),
     "ast": Family(
-        lambda **choices: models.AST(5, mel_bins=32, frames=60, **SMALL, **choices),
+        lambda **choices: models.AST(5, mel_bins=32, frames=60, **SMALL | choices),
         lambda n: ((features(30).view(4, 60, 32),), {}),
         lambda logits: F.cross_entropy(logits, torch.tensor([0, 1, 2, 4])),
-        LINEAR,
+        LINEAR | {"neighborhood": {"mixer": "neighborhood", "kernel_size": (5,)}},
     ),
     "conformer": Family(
-        lambda **choices: models.Conformer(16, VOCAB, hidden=48, kernel=5, **SMALL, **choices),
-        lambda n: ((features(n),), {name: 4 * x for name, x in lengths(n).items()}),
+        lambda **choices: models.Conformer(16, VOCAB, hidden=48, kernel=5, **SMALL | choices),
+        lambda n: ((features(n),), {"lengths": 4 * LENGTHS}),
         ctc,
         {"rope": {"positions": "rope"}, "linear": {"mixer": "linear", "positions": "sinusoidal"}},
     ),
     "branchformer": Family(
-        lambda **choices: models.Branchformer(16, VOCAB, hidden=48, kernel=5, **SMALL, **choices),
-        lambda n: ((features(n),), {name: 4 * x for name, x in lengths(n).items()}),
+        lambda **choices: models.Branchformer(16, VOCAB, hidden=48, kernel=5, **SMALL | choices),
+        lambda n: ((features(n),), {"lengths": 4 * LENGTHS}),
         ctc,
         {"rope": {"positions": "rope"}, "linear": {"mixer": "linear", "positions": "sinusoidal"}},
     ),

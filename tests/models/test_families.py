@@ -30,15 +30,26 @@ def test_backends_agree(name, mixer):
         check_close(gradient, truth[key], theirs[key], key, magnitude=largest)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compiles_without_a_break(name):
+    """One graph, which serves another length, too."""
     torch._dynamo.reset()
-    model, run = make(name), FAMILIES[name].run
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    with torch.no_grad():
-        for length in (11, 14):
-            for ours, theirs in zip(run(compiled, length), run(model, length), strict=True):
-                torch.testing.assert_close(ours, theirs)
+    model, run, graphs = make(name, **one_layer(name)), FAMILIES[name].run, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for length in (11, 14):
+        for ours, theirs in zip(run(compiled, length), run(model, length), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert len(graphs) == 1
+
+
+def one_layer(name):
+    return {"depth": 1} | ({"decoder_depth": 1} if name == "speech_transformer" else {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -74,3 +85,12 @@ def test_saved_copied_cast(name):
     for ours, theirs in zip(run(model.bfloat16()), expected, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+def test_training_compiles():
+    torch._dynamo.reset()
+    model = make("gpt", **one_layer("gpt"))
+    expected = gradients("gpt", model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    for key, gradient in gradients("gpt", model).items():
+        torch.testing.assert_close(gradient, expected[key])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
 from xformer_fast import layers
@@ -106,9 +107,11 @@ def test_prefix_is_keys_and_values_before_the_rest(options):
 def test_windows_pad_maps_before_the_projection(options):
     torch.manual_seed(0)
     attention, x = Attention(DIM, HEADS, mixer="window", window_size=7, **options), image()
-    padded = F.pad(x, (0, 0, 0, 1, 0, 4))
+    position = torch.randn(10, 13, DIM)
+    placed, padded = F.pad(x + position, (0, 0, 0, 1, 0, 4)), F.pad(x, (0, 0, 0, 1, 0, 4))
     query, key, value = (
-        f(padded).unflatten(-1, (HEADS, -1)) for f in (attention.query, attention.key, attention.value)
+        f(y).unflatten(-1, (HEADS, -1))
+        for f, y in ((attention.query, placed), (attention.key, placed), (attention.value, padded))
     )
     mixer, cosine = attention.mixer, options.get("cosine")
     expected = xformer_fast.window_attention(
@@ -116,7 +119,18 @@ def test_windows_pad_maps_before_the_projection(options):
         relative_bias_table=mixer.relative_bias_table,
         logit_scale=torch.full((HEADS,), 10.0) if cosine else None,
     )  # fmt: skip
-    torch.testing.assert_close(attention(x), attention.out(expected.flatten(3))[:, :10, :13])
+    torch.testing.assert_close(attention(x, position=position), attention.out(expected.flatten(3))[:, :10, :13])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kernel", "x"), [(5, image()), ((7,), tokens())])
+def test_neighborhoods(kernel, x):
+    attention = Attention(DIM, HEADS, num_kv_heads=2, mixer="neighborhood", kernel_size=kernel, causal=True)
+    query, key, value = (f(x).unflatten(-1, (-1, 16)) for f in (attention.query, attention.key, attention.value))
+    expected = xformer_fast.neighborhood_attention(
+        query, key, value, kernel, causal=True, relative_bias_table=attention.mixer.relative_bias_table
+    )
+    torch.testing.assert_close(attention(x, key_lengths=None), attention.out(expected.flatten(-2)))
 
 
 @torch.no_grad()
@@ -242,7 +256,7 @@ def test_positions():
     learned = layers.LearnedPositions(8, 8)
     torch.testing.assert_close(learned(x, starts), torch.stack((learned.table.weight[:3], learned.table.weight[5:])))
     assert layers.Positions()(x) is x and layers.Positions().options() == {}
-    with pytest.raises(ValueError, match="x has 9 tokens, positions were learned for 8"):
+    with pytest.raises(ValueError, match="9 tokens: positions were learned for 8"):
         learned(torch.zeros(1, 9, 8))
 
 
@@ -284,18 +298,35 @@ def test_errors():
         Attention(64, 4, backend="triton")(tokens())
 
 
+class Operators(TorchDispatchMode):
+    """The package's operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "xformer_fast":
+            self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def test_every_mixer_hands_its_backend_to_the_op(monkeypatch):
-    """backend="reference" runs no operator of the package; the default runs one."""
-    for mixer, options in (
-        ("softmax", {}), ("linear", {}), ("window", {"window_size": 5}), ("relative", {}),
-    ):  # fmt: skip
-        x = image(10, 10) if mixer == "window" else tokens()
-        calls = []
-        for backend in ("reference", None):
-            attention = Attention(DIM, HEADS, mixer=mixer, backend=backend, **options)
-            with torch.profiler.profile() as profile:
-                attention(x)
-            calls.append([event.key for event in profile.key_averages() if "xformer_fast::" in event.key])
-        assert not calls[0], (mixer, calls)
-        assert calls[1] or xformer_fast.dispatch.build_problem(), (mixer, calls)
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("softmax", {}),
+        ("linear", {}),
+        ("relative", {}),
+        ("window", {"window_size": 5}),
+        ("neighborhood", {"kernel_size": 5}),
+    ],
+)
+def test_every_mixer_hands_its_backend_to_the_op(mixer, options):
+    """backend="reference" calls no operator of the package, "cpu" one."""
+    x = image(10, 10) if options else tokens()
+    for backend, count in (("reference", 0), ("cpu", 1)):
+        attention = Attention(DIM, HEADS, mixer=mixer, backend=backend, **options)
+        with Operators() as operators:
+            attention(x)
+        assert len(operators.names) == count, operators.names

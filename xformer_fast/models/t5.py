@@ -7,7 +7,7 @@ Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to
 from torch import Tensor, nn
 
 from ..checkpoints import expect, renamed
-from ..layers import Attention, Cache, FeedForward, Stack, T5Positions, TransformerLayer, init_weights
+from ..layers import Attention, Cache, FeedForward, Stack, T5Positions, TransformerLayer
 
 NAMES = {  # of a T5ForConditionalGeneration
     "shared.*": "embed.*",
@@ -78,7 +78,13 @@ class T5(nn.Module):
         self.encoder, self.decoder = layers(depth, False), layers(decoder_depth or depth, True)
         self.encoder_norm, self.decoder_norm = nn.RMSNorm(dim, eps=norm_eps), nn.RMSNorm(dim, eps=norm_eps)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        self.apply(init_weights)
+        nn.init.normal_(self.embed.weight)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):  # queries are made small in place of the scores
+                unscaled = module.out_features // num_heads if name.endswith("query") else 1
+                nn.init.normal_(module.weight, std=(module.in_features * unscaled) ** -0.5)
+        for positions in (self.encoder_positions, self.decoder_positions):
+            nn.init.normal_(positions.table.weight, std=dim**-0.5)
         if tied:
             self.head.weight = self.embed.weight
         self.head_scale = dim**-0.5 if tied else 1.0
