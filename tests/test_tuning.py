@@ -252,7 +252,13 @@ def test_prompts_and_a_mask():
 # ---- host models, patched
 
 
-HOST = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": VOCAB}
+HOST = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+}
 
 
 def host_model():

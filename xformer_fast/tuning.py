@@ -134,12 +134,13 @@ class Adapted(nn.Module):
 def add_adapters(
     model: nn.Module, *, width: int = 32, parallel: bool = False, targets: Collection[str] | None = None
 ) -> None:
-    """Small MLPs of `width` hidden channels, which learn: Houlsby et al., "Parameter-Efficient Transfer Learning" (2019).
+    """Small MLPs of `width` hidden channels: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019).
 
     They stand behind the projections that end a branch, ("out", "down"): so behind attention and feed-forward, before
     dropout and residual. parallel: beside the whole feed-forward, ("feed_forward.branch",), as He et al., "Towards a
     Unified View of Parameter-Efficient Transfer Learning" (2022), found best. targets: other modules, by the end of
-    their names, whose last linear layer gives their result (a host's "output.dense", "mlp"). Adapters start at zero, so the model is what it was.
+    their names, whose last linear layer gives their result (a host's "output.dense", "mlp"). Adapters start at zero, so
+    the model is what it was.
 
     >>> from xformer_fast.models import BERT
     >>> from xformer_fast.tuning import add_adapters, freeze, trainable_share

@@ -148,8 +148,8 @@ def run(run: Run) -> None:
     speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
     run.write(rows, "training")
     run.write(tests, "tests")
-    run.write([tests[-1] | {"accuracy_of_commonest_token": baseline, "tokens_per_second": speed,
-                            "training_tokens": sum(map(len, train_rows)), "vocabulary": tokenizer.get_vocab_size()}])  # fmt: skip
+    about = {"training_tokens": sum(map(len, train_rows)), "vocabulary": tokenizer.get_vocab_size()}
+    run.write([tests[-1] | {"accuracy_of_commonest_token": baseline, "tokens_per_second": speed} | about])
     print(f"accuracy {tests[-1]['accuracy']:.3f} (always the commonest: {baseline:.3f}), {speed:,.0f} tokens/s")
     for text in SHOWN:
         print(f"{text}  {', '.join(filled_in(run, model, tokenizer, text))}")

@@ -4,7 +4,7 @@
 
 A sequence shows things with three attributes of four values each, and a label behind each thing. The labels follow a
 rule that holds for this sequence alone: one attribute counts, and a table gives a label to each of its values. There
-are 3 · 4^4 rules; every fourth is kept from training. A label can be told from the things before it: with none of them
+are 3 · 4^4 rules; a quarter of them is kept from training. A label can be told from the things before it: with none of them
 by luck, with a few of them often, and how often at best follows from Bayes' rule, every rule being as likely as any
 other. The weights never change: all is learned from the context.
 """
@@ -24,7 +24,6 @@ from .common import Run, Tables, curve, main, panels
 ATTRIBUTES, VALUES, LABELS = 3, 4, 4
 RULES = ATTRIBUTES * LABELS**VALUES
 VOCABULARY = ATTRIBUTES * VALUES + LABELS
-HELD_OUT = 4  # every so many rules
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,12 @@ class Sizes:
 
 
 SMOKE = Sizes(ladder=((16, 1), (16, 2)), things=4, steps=3, batch=4, tested=20)
+
+
+def split_rules() -> tuple[Tensor, Tensor]:
+    """The rules to train on, and the quarter that is held out."""
+    rules = torch.randperm(RULES, generator=torch.Generator().manual_seed(3))
+    return rules[RULES // 4 :], rules[: RULES // 4]
 
 
 def sequences(rules: Tensor, things: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -94,7 +99,7 @@ def train(run: Run, dim: int, depth: int) -> tuple[GPT, list[dict]]:
     checkpoint = run.checkpoint(name, model=model, optimizer=optimizer, schedule=schedule, fresh=fresh)
     saved = checkpoint.load()
     rows = saved.get("rows", [])
-    known = torch.tensor([rule for rule in range(RULES) if rule // ATTRIBUTES % HELD_OUT])
+    known = split_rules()[0]
     for step in run.steps(saved.get("step", 0), sizes.steps, f"dim {dim}, depth {depth}"):
         rules = known[torch.randint(len(known), (sizes.batch,), generator=fresh)]
         attributes, labels = sequences(rules, sizes.things, fresh)
@@ -124,7 +129,7 @@ def accuracy(run: Run, model: GPT, tokens: Tensor, labels: Tensor) -> list[float
 
 def run(run: Run) -> None:
     sizes, unseen = run.sizes, torch.Generator().manual_seed(2)
-    held_out = torch.tensor([rule for rule in range(RULES) if rule // ATTRIBUTES % HELD_OUT == 0])
+    held_out = split_rules()[1]
     rules = held_out[torch.randint(len(held_out), (sizes.tested,), generator=unseen)]
     attributes, labels = sequences(rules, sizes.things, unseen)
     tokens = tokens_of(attributes, labels)
@@ -158,7 +163,8 @@ def draw(tables: Tables):
     left.set(xlabel="shots", ylabel="accuracy", ylim=(0, 1.02), title="Rules kept from training")
     left.legend(fontsize=8)
     for dim, depth in dict.fromkeys((row["dim"], row["depth"]) for row in training):
-        right.plot(*curve(training, "step", "loss", dim=dim, depth=depth), lw=0.8, label=f"dim {dim:.0f}, depth {depth:.0f}")
+        name = f"dim {dim:.0f}, depth {depth:.0f}"
+        right.plot(*curve(training, "step", "loss", dim=dim, depth=depth), lw=0.8, label=name)
     right.set(xlabel="step", ylabel="training loss of a label (nats)")
     right.legend(fontsize=8)
     return figure

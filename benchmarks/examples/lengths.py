@@ -83,7 +83,7 @@ def rope_scalings(sizes: Sizes, length: int) -> dict[str, Positions]:
 
 @torch.no_grad()
 def loss_after(run: Run, model: GPT, length: int) -> float:
-    """The mean loss of the last bytes of held-out pieces of this length, which end at the same places for any length."""
+    """The mean loss of the last bytes of held-out pieces of this length, which end where those of any length end."""
     sizes, text = run.sizes, corpus.source()[1]
     longest = max(sizes.test_lengths) + 1
     ends = torch.linspace(longest, len(text), sizes.tested).long()
@@ -127,7 +127,8 @@ def draw(tables: Tables):
     for name in dict.fromkeys(row["positions"] for row in results):
         colour = f"C{SCHEMES.index(name.split(',')[0])}"
         dashes = {"interpolated": ":", "larger base": "--", "YaRN": "-."}.get(name.partition(", ")[2], "-")
-        right.plot(*curve(results, "length", "loss", positions=name), dashes, marker="o", ms=3, color=colour, label=name)
+        points = curve(results, "length", "loss", positions=name)
+        right.plot(*points, dashes, marker="o", ms=3, color=colour, label=name)
     right.axvline(trained, color="black", lw=0.8)
     right.set_xscale("log", base=2)
     right.set(xlabel="bytes of text given", ylabel="loss of the same held-out bytes", title="Tested on longer texts")

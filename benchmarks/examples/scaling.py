@@ -5,8 +5,8 @@
 Every size is trained anew for every amount of data, each with a cosine schedule of its own, in one pass over random
 pieces of text. Two fits to the losses on held-out files, both with 90% intervals from resampling the runs:
 
-    power laws  L = a · x^-b  of the largest data in parameters, of the largest model in data, and of the compute-optimal
-                runs in FLOPs, C = 6 N D  (Kaplan et al., "Scaling Laws for Neural Language Models", 2020)
+    power laws  L = a · x^-b  of the largest data in parameters, of the largest model in data, and of the best runs
+                for their compute in FLOPs, C = 6 N D  (Kaplan et al., "Scaling Laws for Neural Language Models", 2020)
     one law     L(N, D) = E + A · N^-alpha + B · D^-beta  (Hoffmann et al., "Training Compute-Optimal Large Language
                 Models", 2022), Huber loss of log L
 
@@ -109,7 +109,7 @@ def power_law(x: list[float], loss: list[float], resamples: int) -> dict:
 
 
 def joint_law(rows: list[dict], resamples: int, steps: int) -> dict[str, tuple[float, float, float]]:
-    """E, A, alpha, B, beta: value, 5% and 95% quantile. All resamples are fitted at once, by Adam, from several starts."""
+    """E, A, alpha, B, beta: value, 5% and 95% quantile. All resamples are fitted at once by Adam, each from four starts."""
     n, d, loss = (
         torch.tensor([row[name] for row in rows], dtype=torch.float64).log()
         for name in ("parameters", "bytes", "held_out_loss")
@@ -217,7 +217,9 @@ def draw(tables: Tables):
     axes[2].set_xlabel("C = 6 N D, FLOPs")
     axes[0].legend(fontsize=7)
     axes[1].legend(fontsize=6)
-    text = ", ".join(f"{name} {row['value']:.2g} ({row['low']:.2g} to {row['high']:.2g})" for name, row in joint.items())
+    text = ", ".join(
+        f"{name} {row['value']:.2g} ({row['low']:.2g} to {row['high']:.2g})" for name, row in joint.items()
+    )
     figure.suptitle(f"L(N, D) = E + A N^−alpha + B D^−beta:  {text}", fontsize=9)
     return figure
 
