@@ -54,11 +54,11 @@ class Run:
 
     def _forget_other_runs(self, this: dict) -> None:
         """Checkpoints of another commit, other sizes or another machine would give numbers of two runs."""
-        note = self.work / "run.json"
-        if self.work.exists() and not (note.exists() and json.loads(note.read_text()) == this):
+        note, text = self.work / "run.json", json.dumps(this)
+        if self.work.exists() and not (note.exists() and note.read_text() == text):
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(this))
+        note.write_text(text)
 
     def write(self, rows: list[Row], table: str = "") -> None:
         """Puts the rows, all that the table has so far, into <name>.csv or <name>_<table>.csv."""

@@ -52,13 +52,11 @@ def pairs() -> list[Pair]:
     """Documented functions of the library, each description once; a file is held out with all its functions."""
     found, seen = [], set()
     for i, path in enumerate(files()):
-        for name, node, text in _documented(path):
+        for signature, text in _documented(path):
             description = " ".join(text.split("\n\n")[0].split())
-            if isinstance(node, ast.ClassDef) or not 4 <= len(description.split()) <= 60 or description in seen:
-                continue
-            seen.add(description)
-            arguments = ", ".join(a.arg for a in node.args.args if a.arg not in ("self", "cls"))
-            found.append(Pair(f"{name}({arguments})", description, i % 5 == 0))
+            if signature.endswith(")") and 4 <= len(description.split()) <= 60 and description not in seen:
+                seen.add(description)
+                found.append(Pair(signature, description, i % 5 == 0))
     return found
 
 
@@ -67,20 +65,22 @@ def docstrings() -> tuple[list[str], list[str]]:
     """Docstrings of at least 12 words: of the files to train on, and of those held out."""
     train, held_out = [], []
     for i, path in enumerate(files()):
-        texts = [text for _, _, text in _documented(path) if len(text.split()) >= 12]
+        texts = [text for _, text in _documented(path) if len(text.split()) >= 12]
         (train if i % HELD_OUT else held_out).extend(texts)
     return train, held_out
 
 
-def _documented(path: pathlib.Path) -> list[tuple[str, ast.AST, str]]:
-    """(qualified name, node, docstring) of the file's functions and classes that have one."""
+@functools.cache
+def _documented(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Qualified name, of a function with its arguments, and docstring of what has one in the file."""
     found = []
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 if text := ast.get_docstring(child):
-                    found.append((prefix + child.name, child, text))
+                    called = "" if isinstance(child, ast.ClassDef) else f"({_arguments(child)})"
+                    found.append((prefix + child.name + called, text))
                 visit(child, f"{prefix}{child.name}.")
             else:
                 visit(child, prefix)
@@ -92,3 +92,7 @@ def _documented(path: pathlib.Path) -> list[tuple[str, ast.AST, str]]:
     except (SyntaxError, UnicodeDecodeError):
         return []
     return found
+
+
+def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return ", ".join(a.arg for a in function.args.args if a.arg not in ("self", "cls"))

@@ -4,9 +4,9 @@
 
 A sequence shows things with three attributes of four values each, and a label behind each thing. The labels follow a
 rule that holds for this sequence alone: one attribute counts, and a table gives a label to each of its values. There
-are 3 · 4^4 rules; a quarter of them is kept from training. A label can be told from the things before it: with none of them
-by luck, with a few of them often, and how often at best follows from Bayes' rule, every rule being as likely as any
-other. The weights never change: all is learned from the context.
+are 3 · 4^4 rules; a quarter of them is kept from training. A label can be told from the things before it: with none of
+them by luck, with a few of them often, and how often at best follows from Bayes' rule, every rule being as likely as
+any other. The weights never change: all is learned from the context.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def power_law(x: list[float], loss: list[float], resamples: int) -> dict:
 
 
 def joint_law(rows: list[dict], resamples: int, steps: int) -> dict[str, tuple[float, float, float]]:
-    """E, A, alpha, B, beta: value, 5% and 95% quantile. All resamples are fitted at once by Adam, each from four starts."""
+    """E, A, alpha, B, beta: value, 5% and 95% quantile. All resamples are fitted at once by Adam, from four starts."""
     n, d, loss = (
         torch.tensor([row[name] for row in rows], dtype=torch.float64).log()
         for name in ("parameters", "bytes", "held_out_loss")
