@@ -30,8 +30,8 @@ from .common import Run, Tables, curve, main, panels, smoothed, synchronize
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 200
-    batch: int = 8
+    steps: int = 240
+    batch: int = 4
     length: int = 512
     dim: int = 128
     depth: int = 4

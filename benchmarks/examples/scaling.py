@@ -31,8 +31,8 @@ from .common import Run, Tables, curve, main, panels, synchronize
 
 @dataclass(frozen=True)
 class Sizes:
-    ladder: tuple[tuple[int, int], ...] = ((32, 2), (48, 2), (64, 3), (80, 4), (112, 4), (144, 5))  # dim, depth
-    data: tuple[int, ...] = (400_000, 800_000, 1_600_000)  # bytes
+    ladder: tuple[tuple[int, int], ...] = ((32, 2), (48, 2), (64, 3), (80, 4), (96, 4), (128, 5))  # dim, depth
+    data: tuple[int, ...] = (350_000, 700_000, 1_400_000)  # bytes
     head_dim: int = 16
     batch: int = 16
     length: int = 256

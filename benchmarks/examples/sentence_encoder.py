@@ -34,7 +34,7 @@ TEXT = "Return the value of an object, a list of names, or None if there is none
 @dataclass(frozen=True)
 class Sizes:
     steps: int = 120
-    batch: int = 48
+    batch: int = 40
     longest: int = 48  # tokens
     prefix: int = 8
     rank: int = 8
