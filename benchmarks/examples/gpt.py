@@ -50,7 +50,7 @@ class Naive(nn.Module):
         super().__init__()
         self.order = order
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, key_lengths: None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         places = torch.arange(key.shape[2], device=key.device)
         if self.order != "forwards":
@@ -112,7 +112,7 @@ def op_seconds(run: Run) -> dict[str, float]:
     mixers = {name: mixer for name, mixer in variants(sizes).items() if name in ("naive", "fused")}
 
     def step(mixer):
-        torch.autograd.grad(mixer(*inputs, causal=True, key_lengths=None), inputs, upstream)
+        torch.autograd.grad(mixer(*inputs, causal=True), inputs, upstream)
 
     calls = {name: lambda mixer=mixer: step(mixer) for name, mixer in mixers.items()}
     nothing = dict.fromkeys(calls, torch.enable_grad)
