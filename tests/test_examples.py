@@ -93,7 +93,7 @@ def test_fits_find_the_laws_that_made_the_losses():
         {"parameters": n, "bytes": d, "flops": 6 * n * d, "held_out_loss": 0.7 + 40 * n**-0.45 + 90 * d**-0.4}
         for n in (2e4, 6e4, 2e5, 6e5, 2e6) for d in (2e5, 8e5, 3e6)
     ]  # fmt: skip
-    joint = joint_law(rows, 8, 4000)
+    joint = joint_law(rows, 4, 2000)
     for row in rows:
         predicted = joint["E"][0] + joint["A"][0] * row["parameters"] ** -joint["alpha"][0]
         predicted += joint["B"][0] * row["bytes"] ** -joint["beta"][0]
@@ -109,7 +109,7 @@ def test_best_guess_in_context():
     rules = torch.randint(RULES, (300,), generator=generator)
     attributes, labels = sequences(rules, 40, generator)
     chances = bayes(attributes, labels)
-    assert torch.allclose(chances[:, 0], torch.full((300,), 0.25, dtype=torch.float64))
+    assert torch.allclose(chances[:, 0], torch.full((300,), 0.25))
     assert chances[:, -1].mean() > 0.97 and chances.min() >= 0 and chances.max() <= 1
     for row in range(5):  # of a rule, the label is a function of one attribute
         tables = [len({*zip(attributes[row, :, a].tolist(), labels[row].tolist(), strict=True)}) for a in range(3)]
