@@ -212,6 +212,8 @@ def draw(tables: Tables):
         axis.plot(line, [law["factor"] * v ** -law["value"] for v in line], "k--", lw=1)
         axis.set(xscale="log", yscale="log", title=f"L ∝ {label}^−b, b = {exponent}")
         axis.title.set_fontsize(9)
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(lambda value, _: f"{value:.3g}")
     axes[0].set(xlabel="N, parameters without embeddings", ylabel="held-out loss (nats a byte)")
     axes[1].set_xlabel("D, bytes seen")
     axes[2].set_xlabel("C = 6 N D, FLOPs")

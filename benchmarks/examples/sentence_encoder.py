@@ -198,8 +198,8 @@ def draw(tables: Tables):
         bars = left.bar(places, [row[key] for key in names], 0.25, label=row["tuning"] + share)
         left.bar_label(bars, fmt="%.2f", fontsize=7)
     left.set_xticks(range(len(names)), [key.replace("_", " ") for key in names])
-    left.set(ylim=(0, 1), title=f"Signature → description, of {results[0]['tested_pairs']:.0f} never seen")
-    left.legend(fontsize=8)
+    left.set(ylim=(0, 1.35), title=f"Signature → description, of {results[0]['tested_pairs']:.0f} never seen")
+    left.legend(fontsize=8, loc="upper left")
     for row in results[1:]:
         steps, losses = curve(training, "step", "loss", tuning=row["tuning"])
         right.plot(steps, smoothed(losses, 10), label=row["tuning"], color=f"C{results.index(row)}")

@@ -206,9 +206,9 @@ def draw(tables: Tables):
     names = list(dict.fromkeys(row["tuning"] for row in rows))
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for i, task in enumerate(tasks):
-            shown = [row for row in rows if row["task"] == task and row[column] not in ("", 0.0)]
+            shown = [row for row in rows if row["task"] == task and row[column] != ""]
             places = [names.index(row["tuning"]) + 0.38 * (i - 0.5) for row in shown]
-            axis.barh(places, [row[column] for row in shown], 0.36, label=task)
+            axis.barh(places, [row[column] for row in shown], 0.36, color=f"C{i}", label=task)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names))
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_title(title, fontsize=10)
