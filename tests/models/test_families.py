@@ -7,7 +7,10 @@ import pytest
 import torch
 from families import CASES, FAMILIES, make
 
+from xformer_fast import dispatch
 from xformer_fast.testing import check_close
+
+needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def gradients(name, model):
@@ -16,6 +19,7 @@ def gradients(name, model):
     return {key: p.grad for key, p in model.named_parameters()}
 
 
+@needs_kernels
 @pytest.mark.parametrize(("name", "mixer"), CASES)
 def test_backends_agree(name, mixer):
     """Outputs and all gradients, by the error rule: the reference backend in float64 is the truth."""

@@ -9,11 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
-from xformer_fast import layers
+from xformer_fast import dispatch, layers
 from xformer_fast.layers import Attention, FeedForward, Prefix, Residual, Stack, TransformerLayer
 from xformer_fast.positions import sinusoids
 
 DIM, HEADS = 64, 4
+needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def tokens(batch=2, length=10, dim=DIM, seed=0):
@@ -311,6 +312,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("mixer", "options"),
