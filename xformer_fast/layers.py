@@ -15,6 +15,7 @@ To generate, `Stack.new_cache` makes a `Cache`; `stack(x, cache=cache)` then tak
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,12 @@ class FeedForward(nn.Module):
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(self.dropout(hidden))
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them: the small heads of DETR and SAM."""
+    layers = [nn.Linear(*pair) for pair in pairwise(widths)]
+    return nn.Sequential(*(module for layer in layers[:-1] for module in (layer, nn.ReLU())), layers[-1])
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
