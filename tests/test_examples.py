@@ -103,17 +103,19 @@ def test_fits_find_the_laws_that_made_the_losses():
 
 
 def test_best_guess_in_context():
-    from benchmarks.examples.in_context import RULES, VALUES, bayes, sequences
+    from benchmarks.examples.in_context import LABELS, NOISE, RULES, best_guesses, sequences, split_rules
 
     generator = torch.Generator().manual_seed(0)
-    rules = torch.randint(RULES, (300,), generator=generator)
-    attributes, labels = sequences(rules, 40, generator)
-    chances = bayes(attributes, labels)
-    assert torch.allclose(chances[:, 0], torch.full((300,), 0.25))
-    assert chances[:, -1].mean() > 0.97 and chances.min() >= 0 and chances.max() <= 1
-    for row in range(5):  # of a rule, the label is a function of one attribute
-        tables = [len({*zip(attributes[row, :, a].tolist(), labels[row].tolist(), strict=True)}) for a in range(3)]
-        assert min(tables) <= VALUES
+    things, labels = sequences(torch.randint(RULES, (3000,), generator=generator), 40, generator)
+    shots, chances = best_guesses(things, labels)
+    true = 1 - NOISE + NOISE / LABELS  # how often a label is as the rule says
+    by_shots = [chances[shots == n].mean().item() for n in range(13)]
+    assert by_shots[0] == 1 / LABELS
+    assert by_shots[1] == pytest.approx(true**2 + (1 - true) ** 2 / (LABELS - 1), abs=0.01)
+    assert by_shots[12] == pytest.approx(true, abs=0.02)
+    assert shots.min() == 0 and (shots[:, 0] == 0).all() and (shots.sum(1) <= 40 * 39 / 2).all()
+    known, held_out = (set(rules.tolist()) for rules in split_rules())
+    assert not known & held_out and len(known | held_out) == RULES
 
 
 def test_moved_images_keep_their_ink():
