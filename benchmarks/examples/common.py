@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -85,7 +86,8 @@ class Run:
 
     def steps(self, first: int, total: int, what: str) -> Iterator[int]:
         """The steps from `first` on, under a progress bar."""
-        return tqdm(range(first, total), desc=what, initial=first, total=total, unit="step", mininterval=0.5)
+        every = 0.5 if sys.stderr.isatty() else 15
+        return tqdm(range(first, total), desc=what, initial=first, total=total, unit="step", mininterval=every)
 
 
 def _short(value: Any) -> Any:
