@@ -6,8 +6,8 @@ A sequence shows things, and a label behind each. Its rule, a label for every th
 quarter of the 4^8 rules is kept from training. One label in five is drawn at random instead. What a thing's label is
 can only be told from the times that it was shown before, its shots: with none by luck, with one mostly, and with a few
 by what most of them say. How often that can be right at best follows from Bayes' rule. The weights never change: all is
-learned from the context. A short convolution tells every token its neighbour, as in `associative_recall`: without it,
-models as small as these see no further than the frequencies of labels after a thousand steps.
+learned from the context. A short convolution tells every token its neighbour, as in `associative_recall`: without it, a
+model of 32 channels and two layers had not got past the frequencies of labels after 500 steps.
 """
 
 from __future__ import annotations
