@@ -9,6 +9,8 @@ from hosts import VOCAB, random_tokens
 from torch import Tensor
 
 from xformer_fast import models
+from xformer_fast.layers import Attention
+from xformer_fast.models import detr, mae
 
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4}
 LENGTHS = torch.tensor([11, 11, 4, 7])
@@ -18,16 +20,19 @@ LENGTHS = torch.tensor([11, 11, 4, 7])
 class Family:
     """make(**choices) builds a model, inputs(length) its arguments, loss(outputs) a number that training lowers.
 
-    mixers: other choices of a mixer that make sense, with whatever else they ask for.
+    mixers: other choices of a mixer that make sense, with whatever else they ask for. shallow: choices for the least
+    depth; dropout: choices that drop in training.
     """
 
     make: Callable
     inputs: Callable[[int], tuple[tuple, dict]]
     loss: Callable[..., Tensor]
     mixers: dict[str, dict] = field(default_factory=dict)
+    shallow: dict = field(default_factory=lambda: {"depth": 1})
+    dropout: dict = field(default_factory=lambda: {"dropout": 0.1, "attention_dropout": 0.1})
 
     def run(self, model, length: int = 11) -> tuple[Tensor, ...]:
-        """The outputs for inputs of a length, at least 11, that of the longest row."""
+        """The outputs for inputs of a length, at least 11, that of the longest row; or that many images."""
         args, options = self.inputs(length)
         dtype = next(model.parameters()).dtype
         out = model(*(x.to(dtype) if x.is_floating_point() else x for x in args), **options)
@@ -59,8 +64,76 @@ def ctc(logits):
     return F.ctc_loss(log_probs, tokens(3), LENGTHS.clamp(max=logits.shape[1]), torch.tensor([3, 3, 2, 3]))
 
 
+def images(count, height=32, width=32):
+    """Each brighter than the one before."""
+    noise = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(count))
+    return noise + torch.linspace(-1, 1, count)[:, None, None, None]
+
+
+def classes(*logits):
+    """Each image is of a class of its own, up to five."""
+    return sum(F.cross_entropy(x, torch.arange(len(x)) * 5 // len(x)) for x in logits)
+
+
+def windows(backend=None, **options):
+    """A maker of mixers for the families that take any module."""
+    return lambda dim: Attention(dim, dim // 8, mixer="window", window_size=4, backend=backend, **options)
+
+
+def convnext(mixer=None, backend=None, **choices):
+    mixer = {} if mixer is None else {"mixer": mixer(backend)}
+    return models.ConvNeXt(5, **{"dims": (16, 32), "depths": (1, 2), "layer_scale": 1.0} | mixer | choices)
+
+
+def replknet(backend=None, **choices):  # a convolutional network: there is nothing to choose
+    return models.RepLKNet(5, **{"dims": (16, 32), "depths": (1, 2), "kernels": (9, 7), "small": 3} | choices)
+
+
+def reconstruction(pixels, hidden):
+    return mae.reconstruction_loss(pixels, hidden, images(len(pixels), 24, 24))
+
+
+def detection(logits, boxes):
+    places = torch.rand(len(logits), 2, 4, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
+    return detr.matching_loss(logits, boxes, [(torch.tensor([i % 5, 4]), x) for i, x in enumerate(places)])
+
+
+def shown(height, width):
+    """A mask of images that are padded behind and below."""
+    mask = torch.ones(4, height, width, dtype=torch.bool)
+    mask[1, height // 2 :], mask[2, :, width // 2 :] = False, False
+    return mask
+
+
+def prompts(count):
+    generator = torch.Generator().manual_seed(count)
+    points, corner = (48 * torch.rand(count, 2, *shape, 2, generator=generator) for shape in ((3,), ()))
+    return points, torch.tensor([1, 0, -1]).expand(count, 2, 3), torch.cat((corner / 2, corner / 2 + 20), -1)
+
+
+def segmentation(masks, scores):
+    target = torch.zeros_like(masks)
+    target[..., 4:12, 2:20] = 1
+    return F.binary_cross_entropy_with_logits(masks, target) + scores.square().mean()
+
+
+def image_tokens(count, seed=1):
+    return random_tokens(count, 16, vocab=40, seed=seed)
+
+
+def masked_tokens(count):
+    return image_tokens(count).masked_fill(image_tokens(count, seed=2) < 24, 40)
+
+
+def hidden_tokens(logits):
+    hidden = masked_tokens(len(logits)) == 40
+    return F.cross_entropy(logits[hidden], image_tokens(len(logits))[hidden])
+
+
 LINEAR = {"linear": {"mixer": "linear"}}
 LOCAL = {"window": {"window": (3, 0)}}
+PYRAMID = {"depths": (2, 1)}
+PATCHES = {"patches": ((7, 4, 2), (3, 2, 1))}
 FAMILIES = {
     "transformer": Family(
         lambda **choices: models.Transformer(VOCAB, hidden=48, **SMALL | choices),
@@ -85,6 +158,7 @@ FAMILIES = {
         lambda n: ((tokens(n),), {"lengths": LENGTHS}),
         next_tokens,
         {"linear": {"mixer": "linear", "positions": "sinusoidal"}} | LOCAL,
+        dropout={"attention_dropout": 0.1},
     ),
     "t5": Family(
         lambda **choices: models.T5(VOCAB, hidden=48, activation="geglu_tanh", **SMALL | choices),
@@ -96,6 +170,7 @@ FAMILIES = {
         lambda n: ((features(n), tokens(n)), {"lengths": 4 * LENGTHS}),
         next_tokens,
         LINEAR,
+        shallow={"depth": 1, "decoder_depth": 1},
     ),
     "ast": Family(
         lambda **choices: models.AST(5, mel_bins=32, frames=60, **SMALL | choices),
@@ -114,6 +189,96 @@ FAMILIES = {
         lambda n: ((features(n),), {"lengths": 4 * LENGTHS}),
         ctc,
         {"rope": {"positions": "rope"}, "linear": {"mixer": "linear", "positions": "sinusoidal"}},
+    ),
+    "vit": Family(
+        lambda **choices: models.ViT(5, image_size=24, patch=8, distilled=True, **SMALL | choices),
+        lambda n: ((images(n, 24, 24),), {}),
+        classes,
+        LINEAR | {"rope": {"positions": "rope"}},
+        dropout={"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1},
+    ),
+    "swin": Family(
+        lambda **choices: models.Swin(5, **PYRAMID | {"dim": 16, "num_heads": (2, 4), "window_size": 4} | choices),
+        lambda n: ((images(n, 40, 32),), {}),
+        classes,
+        LINEAR
+        | {"second": {"version": 2}, "neighborhood": {"mixer": "neighborhood", "kernel_size": 3}},
+        {"depths": (2, 1)},
+        {"dropout": 0.1, "drop_path": 0.1},
+    ),
+    "maxvit": Family(
+        lambda **choices: models.MaxViT(
+            5, **PYRAMID | {"dims": (16, 32), "stem": 8, "head_dim": 8, "window_size": 4} | choices
+        ),
+        lambda n: ((images(n),), {}),
+        classes,
+        LINEAR,
+        {"depths": (1, 1)},
+        {"dropout": 0.1, "drop_path": 0.1},
+    ),
+    "cvt": Family(
+        lambda **choices: models.CvT(5, **PYRAMID | {"dims": (16, 32), "num_heads": (1, 2)} | PATCHES | choices),
+        lambda n: ((images(n, 40, 32),), {}),
+        classes,
+        LINEAR,
+        {"depths": (1, 1)},
+        {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1},
+    ),
+    "metaformer": Family(
+        lambda **choices: models.MetaFormer(
+            5, **PYRAMID | {"dims": (16, 32), "mixers": ("pooling", "softmax"), "head_dim": 8} | PATCHES | choices
+        ),
+        lambda n: ((images(n, 40, 32),), {}),
+        classes,
+        {"linear": {"mixers": ("identity", "linear")}, "window": {"mixers": (windows(), "window"), "window_size": 4}},
+        {"depths": (1, 1)},
+        {"dropout": 0.1, "drop_path": 0.1},
+    ),
+    "convnext": Family(
+        convnext,
+        lambda n: ((images(n, 40, 32),), {}),
+        classes,
+        {"window": {"mixer": windows}},
+        {"depths": (1, 1)},
+        {"dropout": 0.1, "drop_path": 0.1},
+    ),
+    "replknet": Family(
+        replknet,
+        lambda n: ((images(n, 40, 32),), {}),
+        classes,
+        shallow={"depths": (1, 1)},
+        dropout={"dropout": 0.1, "drop_path": 0.1},
+    ),
+    "mae": Family(
+        lambda **choices: models.MAE(
+            image_size=24, patch=8, **SMALL | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2} | choices
+        ),
+        lambda n: ((images(n, 24, 24),), {"noise": torch.rand(n, 9, generator=torch.Generator().manual_seed(0))}),
+        reconstruction,
+        LINEAR,
+    ),
+    "detr": Family(
+        lambda **choices: models.DETR(
+            5, **SMALL | {"hidden": 48, "num_queries": 6} | choices,
+            backbone=detr.ResNet(stem=8, dims=(16, 32), depths=(1, 1)),
+        ),
+        lambda n: ((images(4, 48, n + 37), shown(48, n + 37)), {}),
+        detection,
+    ),
+    "sam": Family(
+        lambda **choices: models.SAM(
+            image_size=48, patch=8, window_size=4, global_layers=(1,), out_dim=32, decoder_heads=2, decoder_hidden=48,
+            **SMALL | choices,
+        ),
+        lambda n: ((images(n, 48, 48), *prompts(n)), {}),
+        segmentation,
+        dropout={"attention_dropout": 0.1},
+    ),
+    "maskgit": Family(
+        lambda **choices: models.MaskGIT(40, 5, length=16, **SMALL | choices),
+        lambda n: ((masked_tokens(n), torch.arange(n) % 5), {}),
+        hidden_tokens,
+        LINEAR,
     ),
 }
 CASES = [(name, "own") for name in FAMILIES] + [(name, mixer) for name, f in FAMILIES.items() for mixer in f.mixers]

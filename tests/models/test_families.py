@@ -39,7 +39,7 @@ def test_backends_agree(name, mixer):
 def test_compiles_without_a_break(name):
     """One graph, which serves another length, too."""
     torch._dynamo.reset()
-    model, run, graphs = make(name, **one_layer(name)), FAMILIES[name].run, []
+    model, run, graphs = make(name, **FAMILIES[name].shallow), FAMILIES[name].run, []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -52,16 +52,12 @@ def test_compiles_without_a_break(name):
     assert len(graphs) == 1
 
 
-def one_layer(name):
-    return {"depth": 1} | ({"decoder_depth": 1} if name == "speech_transformer" else {})
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains(name):
     """A batch is learned by heart, with dropout on the way."""
     torch.manual_seed(0)
     family = FAMILIES[name]
-    model = family.make(**({} if name == "llama" else {"dropout": 0.1}), attention_dropout=0.1).train()
+    model = family.make(**family.dropout).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
@@ -93,7 +89,7 @@ def test_saved_copied_cast(name):
 
 def test_training_compiles():
     torch._dynamo.reset()
-    model = make("gpt", **one_layer("gpt"))
+    model = make("gpt", depth=1)
     expected = gradients("gpt", model)
     model.compile(fullgraph=True, backend="aot_eager")
     for key, gradient in gradients("gpt", model).items():

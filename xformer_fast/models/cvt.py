@@ -61,9 +61,8 @@ class ConvolutionalAttention(Attention):
         query, key, value = (
             torch.cat((tokens, self.convolutions[part](image.unflatten(1, space)).flatten(1, 2)), 1) for part in _PARTS
         )
-        query = self.query(query).unflatten(-1, (-1, self.head_dim))
-        key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.key(key), self.value(value)))
-        return self.out(self.mixer(query, key, value).flatten(-2))
+        projected = (self._heads(y) for y in (self.query(query), self.key(key), self.value(value)))
+        return self.out(self.mixer(*projected).flatten(-2))
 
 
 class Stage(nn.Module):

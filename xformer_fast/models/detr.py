@@ -158,16 +158,16 @@ class DETR(nn.Module):
         all_layers: logits and boxes of every decoder layer, stacked in front, for a loss of each (section 3.2).
         """
         x = self.projection(self.backbone(image))
-        inside, keys = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device), {}
+        inside, keys = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device), None
         if mask is not None:
             inside = F.interpolate(mask[:, None].float(), x.shape[1:3])[:, 0].bool()
-            keys = {"mask": inside.flatten(1)[:, None, None]}
+            keys = inside.flatten(1)[:, None, None]
         place = map_sinusoids(inside, x.shape[3]).flatten(1, 2).to(x.dtype)
-        memory = self.encoder(self.dropout(x.flatten(1, 2)), position=place, **keys)
+        memory = self.encoder(self.dropout(x.flatten(1, 2)), position=place, mask=keys)
         query = self.queries.weight.expand(x.shape[0], -1, -1)
         x, outputs = torch.zeros_like(query), []
         for layer in self.decoder:
-            x = layer(x, memory, position=query, memory_position=place, memory_mask=keys.get("mask"))
+            x = layer(x, memory, position=query, memory_position=place, memory_mask=keys)
             outputs.append(x)
         x = self.decoder_norm(torch.stack(outputs) if all_layers else x)
         return self.class_head(x), self.box_head(x).sigmoid()

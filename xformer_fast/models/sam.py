@@ -91,6 +91,8 @@ class DecomposedMixer(nn.Module):
         self.rows, self.columns = (nn.Parameter(torch.zeros(2 * side - 1, head_dim)) for side in sides)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.window_size is None and query.shape[1:3] != self.sides:
+            raise ValueError(f"the map must have sides {self.sides}, got {tuple(query.shape[1:3])}")
         counts = tuple(n // side for n, side in zip(query.shape[1:3], self.sides, strict=True))
         query, key, value = (self.windows(x) for x in (query, key, value))
         steps = (torch.arange(side, device=query.device) for side in self.sides)
@@ -124,7 +126,7 @@ class ImageEncoder(nn.Module):
         out_dim: int, *, window_size: int, global_layers, norm_eps: float, **attention,
     ):  # fmt: skip
         super().__init__()
-        side = image_size // patch
+        self.image_size, side = image_size, image_size // patch
 
         def layer(windowed: bool) -> TransformerLayer:
             sides = (window_size, window_size) if windowed else (side, side)
@@ -141,6 +143,9 @@ class ImageEncoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, image: Tensor) -> Tensor:
+        side = self.image_size
+        if image.shape[2:] != (side, side):
+            raise ValueError(f"image must be (B, channels, {side}, {side}), got shape {tuple(image.shape)}")
         return self.neck(self.layers(self.patches(image) + self.places))
 
 
