@@ -170,7 +170,7 @@ def draw(tables: Tables):
     left.set(
         xlabel="times the thing was shown before", ylabel="accuracy", ylim=(0, 1), title="Rules kept from training"
     )
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower right")
     for dim, depth in dict.fromkeys((row["dim"], row["depth"]) for row in training):
         name = f"dim {dim:.0f}, depth {depth:.0f}"
         right.plot(*curve(training, "step", "loss", dim=dim, depth=depth), lw=0.8, label=name)
