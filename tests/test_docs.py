@@ -21,6 +21,8 @@ MODULES = [
     ".rope",
     ".layers",
     ".mixers",
+    ".training",
+    ".tuning",
     ".frontends",
     ".checkpoints",
     ".generation",
