@@ -13,7 +13,7 @@ hands down: `layer(x, causal=True, key_lengths=lengths, **positions.options())`.
 To generate, `Stack.new_cache` makes a `Cache`; `stack(x, cache=cache)` then takes only the new tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -161,14 +161,21 @@ class Prefix(nn.Module):
     def forward(self, key: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, dict]:
         """Keys, values and the mixer's options, with the prefix before them."""
         length, key, value = self.key.shape[0], key.flatten(1, -3), value.flatten(1, -3)
-        if options.get("key_lengths") is not None:
-            options = options | {"key_lengths": options["key_lengths"] + length}
-        mask = options.get("mask")
-        if mask is not None and mask.shape[-1] == key.shape[1]:
-            options = options | {"mask": F.pad(mask, (length, 0), value=mask.dtype == torch.bool)}
+        options = _lengthened(options, length, key.shape[1])
         first = self.expanded(key.shape[0])
         key, value = (torch.cat((f.to(x.dtype), x), 1) for f, x in zip(first, (key, value), strict=True))
         return key, value, options
+
+
+def _lengthened(options: dict, length: int, keys: int, *, queries: bool = False) -> dict:
+    """A mixer's options where `length` more keys, or keys and queries, stand before the `keys` that there are."""
+    if options.get("key_lengths") is not None:
+        options = options | {"key_lengths": options["key_lengths"] + length}
+    mask = options.get("mask")
+    if mask is not None and mask.shape[-1] == keys:
+        before = (length, 0, length, 0) if queries and mask.shape[-2:] == (keys, keys) else (length, 0)
+        options = options | {"mask": F.pad(mask, before, value=mask.dtype == torch.bool)}
+    return options
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -308,19 +315,37 @@ def _given(**options) -> dict:
 
 
 class Stack(nn.ModuleList):
-    """`TransformerLayer`s one after another: `stack(x, memory, cache=cache, **options)`."""
+    """`TransformerLayer`s one after another: `stack(x, memory, cache=cache, **options)`.
+
+    `stack.prompt`, an nn.Parameter (1, P, C), puts P learned tokens before every sequence, which are not in the result:
+    Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). With (depth, P, C) each layer has
+    its own in their place: Jia et al., "Visual Prompt Tuning" (2022), deep. x is then (B, S, C), without `position`.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module] = ()):
+        super().__init__(layers)
+        self.register_parameter("prompt", None)
 
     def forward(self, x: Tensor, *args, cache: "Cache | None" = None, **options) -> Tensor:
-        tokens = x.shape[1]
+        tokens, lengths, prompted = x.shape[1], options.get("key_lengths"), 0
+        if self.prompt is not None and not (cache is not None and cache.has_prompt):
+            prompted = self.prompt.shape[1]
+            x, options = torch.cat((self._prompt(x, 0), x), 1), _lengthened(options, prompted, tokens, queries=True)
         for i, layer in enumerate(self):
+            if prompted and 0 < i < len(self.prompt):
+                x = torch.cat((self._prompt(x, i), x[:, prompted:]), 1)
             x = layer(x, *args, **_given(cache=None if cache is None else cache.layers[i]), **options)
         if cache is not None:
-            lengths = options.get("key_lengths")
             cache.lengths = cache.lengths + (tokens if lengths is None else lengths)
-        return x
+            cache.has_prompt = self.prompt is not None
+        return x[:, prompted:]
+
+    def _prompt(self, x: Tensor, layer: int) -> Tensor:
+        return self.prompt[layer].to(x.dtype).expand(x.shape[0], -1, -1)
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """An empty cache for `batch` sequences of at most `capacity` tokens."""
+        capacity += 0 if self.prompt is None else self.prompt.shape[1]
         layers = [layer.mixer.branch.new_cache(batch, capacity) for layer in self]
         return Cache(layers, torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device))
 
@@ -343,6 +368,7 @@ class Cache:
 
     layers: list[LayerCache]
     lengths: Tensor
+    has_prompt: bool = False
 
     def reorder(self, rows: Tensor):
         """Row b becomes what row rows[b] was, as beams want it. rows: (B,) int64."""

@@ -310,7 +310,7 @@ class KeyBlock {
                  grad_out_t_, grad_out_);
     float* grad_query = p_.grad_query + (split_ * p_.rows + row0) * p_.width;
     if (first) __builtin_memset(grad_query, 0, size_t(rows * p_.width) * sizeof(float));
-    if (a_.row_bias.data) load_map_bias(head, q0, rows, first);
+    if (a_.has_map_bias()) load_map_bias(head, q0, rows, first);
 
     const int64_t shift = a_.shift(b_);
     for (int64_t j = 0, n; j < kept_; j += n) {
@@ -613,7 +613,7 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.grad_query = floats(p.parts * p.rows * p.width);
   if (g.grad_alibi_slopes) p.grad_alibi = reinterpret_cast<double*>(floats(2 * p.parts * a.batch * a.heads_q));
   if (g.grad_distance) p.grad_lag = floats(p.parts * a.batch * a.heads_q * a.lag_head);
-  if (g.grad_row_bias) {
+  if (g.grad_row_bias || g.grad_column_bias) {
     constexpr int64_t block = kBlockQ<Operand<T>>;
     p.grad_map = floats(p.parts * a.batch * a.heads_q * round_up(a.seqlen_q, block) * (a.map_rows + a.map_columns));
   }

@@ -256,7 +256,7 @@ void attend_column(const Plan& plan, QueryTile& q, int vector0, int vector1, con
                scores, ld, Start::overwrite, nullptr, for_value);
 
   ScoreTile tile{scores, ld, b, q.head, block.key0, q.query0 + lane0, q.queries - lane0, shift};
-  if (a.row_bias.data)
+  if (a.has_map_bias())
     tile.map_bias = {q.map_bias + lane0, q.map_bias + a.map_rows * tile_ld + lane0, tile_ld, a.map_columns};
   const Segment all{0, rows, 0, vectors};
   if (plan.options)
@@ -372,7 +372,7 @@ void pack_query(const Plan& plan, QueryTile& q, int64_t b) {
   const Attention& a = *plan.attention;
   const T* query = rows_of<T>(a, a.query, b, q);
   const int64_t ld = q.vectors * kLanes;
-  if (a.row_bias.data) {
+  if (a.has_map_bias()) {
     const float* row_bias = row_of<const float>(a.row_bias, b, q.head, q.query0);
     const float* column_bias = row_of<const float>(a.column_bias, b, q.head, q.query0);
     pack_transposed(row_bias, a.row_bias.row, q.queries, a.map_rows, 1.f, q.map_bias, ld);

@@ -199,7 +199,7 @@ XF_NOINLINE void apply_distance_bias(const Attention& a, const ScoreTile& tile, 
 }
 
 inline bool has_score_options(const Attention& a) {
-  return a.softcap != 0.f || a.alibi_slopes || a.lag_bias || a.row_bias.data || a.mask;
+  return a.softcap != 0.f || a.alibi_slopes || a.lag_bias || a.has_map_bias() || a.mask;
 }
 
 // scores * scale, softcap, ALiBi, biases of distance and map, mask. The first pass that runs takes the scale along (1 if the scores have it already).
@@ -210,7 +210,7 @@ inline void apply_options(const Attention& a, const ScoreTile& tile, const Segme
     scale = 1.f;
   }
   if (a.lag_bias) apply_distance_bias(a, tile, segment, scale), scale = 1.f;
-  if (a.row_bias.data) {
+  if (a.has_map_bias()) {
     apply_decomposed_bias(tile.map_bias, tile.scores, tile.ld, tile.key0, segment.row0, segment.row1, segment.vector0,
                           segment.vector1, scale);
     scale = 1.f;

@@ -1,4 +1,4 @@
-"""Neighborhood attention: every instruction set against the formula in float64, the formula against loops over queries."""
+"""Neighborhood attention: every instruction set against the formula in float64, the formula against loops."""
 
 import itertools
 import math
@@ -51,9 +51,9 @@ def made(kernel, space, *, heads=2, heads_kv=2, dim=16, dtype=torch.float32, bat
     "case",
     [
         made((301,), (700,), heads_kv=1),  # cut along the sequence, tiles of several vectors
-        made((5, 9), (48, 3 * 40), dilation=(1, 3)),  # cut into strips, groups of unequal length
+        made((5, 9), (26, 3 * 13), dilation=(1, 3)),  # cut into strips, groups of unequal length
         made((7, 7), (7, 7)),  # all of the map: full attention
-        made((3, 4, 5), (7, 9, 21), causal=(True, False, True), batch=2),
+        made((3, 4, 5), (5, 6, 11), causal=(True, False, True), batch=2),
         made((2, 3), (64, 6), heads_kv=1),  # tiles wider than the map
     ],
     ids=lambda case: f"{case.kernel} of {tuple(case.grad.shape[1:-2])}",
@@ -85,7 +85,8 @@ def test_a_query_whose_bias_is_minus_infinity_everywhere_gives_zeros(backend):
 
 @needs_kernels
 def test_empty_batch():
-    leaves = [torch.randn(0, 4, 4, 2, 8, requires_grad=True) for _ in range(3)] + [torch.randn(25, 2, requires_grad=True)]
+    shapes = [(0, 4, 4, 2, 8)] * 3 + [(25, 2)]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     out = neighborhood_attention(*leaves[:3], 3, relative_bias_table=leaves[3], backend="cpu")
     assert out.shape == (0, 4, 4, 2, 8)
     assert not torch.autograd.grad(out.sum(), leaves)[3].any()
@@ -215,7 +216,7 @@ def test_compile_once_for_all_maps():
 
     function = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, *space in ((2, 7, 9), (3, 12, 10), (4, 20, 33)):
+        for batch, *space in ((3, 7, 9), (4, 12, 10), (5, 20, 33)):
             leaves = [torch.randn(batch, *space, 2, 16, requires_grad=True) for _ in range(3)]
             leaves.append(torch.randn(25, 2, requires_grad=True))
             results = []
@@ -229,14 +230,15 @@ def test_compile_once_for_all_maps():
 @needs_kernels
 def test_double_backward():
     results = []
-    for backend in ("cpu", "reference"):
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
         inputs = example(causal=(False, True), backend=backend)
+        inputs |= {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
         leaves = tensors_of(inputs)
         out = neighborhood_attention(**inputs)
         first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
-    for ours, theirs in zip(*results, strict=True):
-        check_close(ours, theirs, theirs, magnitude=1e3 * theirs.abs().max().item())
+    for ours, exact, naive in zip(*results, strict=True):
+        check_close(ours, exact, naive)
 
 
 @needs_kernels
@@ -285,7 +287,7 @@ def test_an_unwanted_table_gradient_is_not_computed():
         ({"scale": math.inf}, ValueError, "scale must be finite"),
         ({"relative_bias_table": torch.zeros(25, 2)}, ValueError, "relative_bias_table must have shape"),
         ({"relative_bias_table": torch.zeros(9, 4)}, ValueError, "relative_bias_table must have shape"),
-        ({"key": torch.zeros(2, 4, 8, 3, 16), "value": torch.zeros(2, 4, 8, 3, 8)}, ValueError, "must divide the query"),
+        ({"key": torch.zeros(2, 4, 8, 3, 16), "value": torch.zeros(2, 4, 8, 3, 8)}, ValueError, "must divide"),
         ({"key": torch.zeros(2, 4, 4, 2, 16)}, ValueError, "key must be"),
         ({"key": torch.zeros(2, 4, 8, 2, 8)}, ValueError, "key has head_dim"),
         ({"value": torch.zeros(2, 4, 8, 4, 8)}, ValueError, "value has 2 heads|value has 4 heads"),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem
+from ..dispatch import Backend, Table, build_problem, proven, triton_problem
 from . import checks
 from . import neighborhood_operator as operator
+from .attention import triton_interprets
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ def neighborhood_attention(
             order of `window_attention`'s table, but distances run the other way (Swin's are i - j): flip(0) turns one
             into the other. NATTEN's rpb (H, 2k - 1, ...) is this table as rpb.flatten(1).T.
         scale: default 1/sqrt(D).
-        backend: "cpu" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "triton", "cpu" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
 
     Returns:
         (B, *space, H, Dv), in query's memory order. Differentiable in every tensor.
@@ -183,12 +184,48 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor]:
     return run
 
 
+def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
+    if call.query.dtype == torch.float64:
+        return "float64 runs through the reference formula"
+    if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
+        return f"head_dim is at most {most_head_dim}"
+    return None
+
+
 def _cpu_unsupported(call: Call) -> str | None:
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, not on the CPU"
-    if call.query.dtype == torch.float64:
-        return "float64 runs through the reference formula"
-    return None
+    return _kernel_limits(call, 512)
+
+
+def _triton_unsupported(call: Call) -> str | None:
+    if call.query.device.type == "cuda":
+        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
+            return "the GPU is older than sm_80"
+    elif not (call.query.device.type == "cpu" and triton_interprets()):
+        return f"tensors are on {call.query.device}, not on a GPU"
+    return _kernel_limits(call, 256)
+
+
+def _triton_unproven(call: Call) -> str | None:
+    if call.query.device.type == "cpu":
+        return "the interpreter is for tests"
+    return None if "neighborhood_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+
+
+def _triton_runner() -> Callable:
+    def forward(*arguments):
+        from ..kernels import neighborhood_attention as kernels
+
+        return kernels.forward(*arguments)
+
+    def backward(*arguments):
+        from ..kernels import neighborhood_attention_backward as kernels
+
+        return kernels.backward(*arguments)
+
+    operator.define("triton", forward, backward, ("CUDA", "CPU") if triton_problem() is None else ("CUDA",))
+    return kernel_runner(operator.register("triton"))
 
 
 def _cpu_runner() -> Callable:
@@ -198,6 +235,7 @@ def _cpu_runner() -> Callable:
 TABLE = Table(
     "neighborhood_attention",
     [
+        Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],

@@ -12,7 +12,9 @@ from .. import reference
 from .attention_operator import Operator, _twin
 from .window_operator import _register_autocast, in_order_of
 
-OPTIONS = "Tensor query, Tensor key, Tensor value, Tensor? table, int[] kernel, int[] dilation, int[] causal, float scale"
+OPTIONS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? table, int[] kernel, int[] dilation, int[] causal, float scale"
+)
 FORWARD_SCHEMA = f"({OPTIONS}) -> Tensor"
 BACKWARD_SCHEMA = f"(Tensor grad_out, {OPTIONS}, bool need_table_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 _LIBRARY = torch.library.Library("xformer_fast", "FRAGMENT")
