@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
-from .mixers import MIXERS, LinearState
+from .mixers import MIXERS, LinearState, pad_to_multiple
 from .positions import T5Bias, alibi_slopes, sinusoids
 from .rope import Rope, rope_frequencies, rope_tables
 
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         space, placed = x.shape[1:-1], x if position is None else x + position
         windows = getattr(self.mixer, "window_size", None)
         if windows is not None:
-            x, placed = _pad_to_multiple(x, windows), _pad_to_multiple(placed, windows)
+            x, placed = pad_to_multiple(x, windows), pad_to_multiple(placed, windows)
         query = self._heads(self.query(placed))
         if memory is None:
             key, value = self._heads(self.key(placed)), self._heads(self.value(x))
@@ -497,11 +497,3 @@ def init_weights(module: nn.Module, std: float = 0.02):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _pad_to_multiple(x: Tensor, multiple: tuple[int, ...]) -> Tensor:
-    """Zeros behind each axis of a map (B, *space, C), up to a multiple."""
-    missing = [-side % m for side, m in zip(x.shape[1:-1], multiple, strict=True)]
-    if not any(missing):
-        return x
-    return F.pad(x, (0, 0, *(n for miss in reversed(missing) for n in (0, miss))))

@@ -35,9 +35,10 @@ class Family:
     def run(self, model, length: int = 11) -> tuple[Tensor, ...]:
         """The outputs for inputs of a length, at least 11, that of the longest row; or that many images."""
         args, options = self.inputs(length)
-        dtype = next(model.parameters()).dtype
-        out = model(*(x.to(dtype) if x.is_floating_point() else x for x in args), **options)
-        return tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
+        like = next(model.parameters())
+        args = (x.to(like.device, like.dtype if x.is_floating_point() else None) for x in args)
+        out = model(*args, **{name: x.to(like.device) for name, x in options.items()})
+        return tuple(x.cpu() for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
 
 
 def tokens(length, seed=1):
@@ -208,8 +209,7 @@ FAMILIES = {
         lambda **choices: models.Swin(5, **PYRAMID | {"dim": 16, "num_heads": (2, 4), "window_size": 4} | choices),
         lambda n: ((images(n, 40, 32),), {}),
         classes,
-        LINEAR
-        | {"second": {"version": 2}, "neighborhood": {"mixer": "neighborhood", "kernel_size": 3}},
+        LINEAR | {"second": {"version": 2}, "neighborhood": {"mixer": "neighborhood", "kernel_size": 3}},
         {"depths": (2, 1)},
         {"dropout": 0.1, "drop_path": 0.1},
     ),
@@ -266,7 +266,8 @@ FAMILIES = {
     ),
     "detr": Family(
         lambda **choices: models.DETR(
-            5, **SMALL | {"hidden": 48, "num_queries": 4} | choices,
+            5,
+            **SMALL | {"hidden": 48, "num_queries": 4} | choices,
             backbone=detr.ResNet(stem=8, dims=(16, 32), depths=(1, 1)),
         ),
         lambda n: ((images(4, 48, n + 37), shown(48, n + 37)), {}),
@@ -275,7 +276,13 @@ FAMILIES = {
     ),
     "sam": Family(
         lambda **choices: models.SAM(
-            image_size=48, patch=8, window_size=4, global_layers=(1,), out_dim=32, decoder_heads=2, decoder_hidden=48,
+            image_size=48,
+            patch=8,
+            window_size=4,
+            global_layers=(1,),
+            out_dim=32,
+            decoder_heads=2,
+            decoder_hidden=48,
             **SMALL | choices,
         ),
         lambda n: ((images(n, 48, 48), *prompts(n)), {}),

@@ -16,14 +16,18 @@ needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=
 def gradients(name, model):
     model.zero_grad()
     FAMILIES[name].loss(*FAMILIES[name].run(model)).backward()
-    return {key: p.grad for key, p in model.named_parameters() if key not in FAMILIES[name].unused}
+    return {key: p.grad.cpu() for key, p in model.named_parameters() if key not in FAMILIES[name].unused}
 
 
-@needs_kernels
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [pytest.param("cpu", "cpu", marks=needs_kernels), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize(("name", "mixer"), CASES)
-def test_backends_agree(name, mixer):
+def test_backends_agree(name, mixer, backend, device, monkeypatch):
     """Outputs and all gradients, by the error rule: the reference backend in float64 is the truth."""
-    fused, naive = make(name, mixer, backend="cpu"), make(name, mixer, backend="reference")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    fused, naive = (make(name, mixer, backend=chosen).to(device) for chosen in (backend, "reference"))
     naive.load_state_dict(fused.state_dict())
     exact = copy.deepcopy(naive).double()
     for ours, theirs, truth in zip(*(FAMILIES[name].run(m) for m in (fused, naive, exact)), strict=True):
