@@ -15,7 +15,6 @@ To generate, `Stack.new_cache` makes a `Cache`; `stack(x, cache=cache)` then tak
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +123,7 @@ class Attention(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> "LayerCache":
         extra = 0 if self.prefix is None else self.prefix.key.shape[0]
-        keys = self.mixer.new_cache(batch, self.num_kv_heads, self.head_dim, capacity + extra, self.out.weight)
+        keys = self.mixer.new_cache(batch, self.num_kv_heads, self.head_dim, capacity + extra, next(self.parameters()))
         return LayerCache(keys)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -207,12 +206,6 @@ class FeedForward(nn.Module):
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(self.dropout(hidden))
-
-
-def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them: the small heads of DETR and SAM."""
-    layers = [nn.Linear(*pair) for pair in pairwise(widths)]
-    return nn.Sequential(*(module for layer in layers[:-1] for module in (layer, nn.ReLU())), layers[-1])
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -328,6 +321,8 @@ class Stack(nn.ModuleList):
 
     def forward(self, x: Tensor, *args, cache: "Cache | None" = None, **options) -> Tensor:
         tokens, lengths, prompted = x.shape[1], options.get("key_lengths"), 0
+        if self.prompt is not None and (x.dim() != 3 or "position" in options):
+            raise ValueError(f"a prompt stands before tokens (B, S, C) without `position`, x has {x.dim()} axes")
         if self.prompt is not None and not (cache is not None and cache.has_prompt):
             prompted = self.prompt.shape[1]
             x, options = torch.cat((self._prompt(x, 0), x), 1), _lengthened(options, prompted, tokens, queries=True)

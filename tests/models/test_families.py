@@ -9,6 +9,7 @@ from families import CASES, FAMILIES, make
 
 from xformer_fast import dispatch
 from xformer_fast.testing import check_close
+from xformer_fast.tuning import add_adapters, add_prefixes, add_prompts
 
 needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
@@ -75,6 +76,29 @@ def test_trains(name):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0], losses
+
+
+NO_PREFIXES = {"swin", "maxvit", "convnext", "replknet", "conformer", "branchformer", "sam"}
+NO_PROMPTS = {"swin", "maxvit", "metaformer", "convnext", "replknet", "detr", "sam"}
+
+
+@pytest.mark.parametrize("add", [add_prefixes, add_prompts, add_adapters])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_added_learns(name, add):
+    """Prefixes, prompts and adapters have a part in the results of every family that can take them."""
+    model = make(name)
+    before = {key for key, _ in model.named_parameters()}
+
+    def learn():
+        add(model)
+        return {key: g for key, g in gradients(name, model).items() if key not in before}
+
+    if name in {add_prefixes: NO_PREFIXES, add_prompts: NO_PROMPTS, add_adapters: {"replknet"}}[add]:
+        with pytest.raises(ValueError):
+            learn()
+        return
+    added = learn()
+    assert added and all(g.abs().max() > 0 for key, g in added.items() if ".reduce." not in key)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import expect, renamed
-from ..layers import Attention, FeedForward, Stack, TransformerLayer, perceptron
+from ..frontends import perceptron
+from ..layers import Attention, FeedForward, Stack, TransformerLayer
 from ..positions import sinusoids
 
 _RESNET = "model.backbone.model."
