@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the plots (default: beside the CSV)")
     args = parser.parse_args()
     folders = sorted(path for path in args.csv.iterdir() if path.is_dir()) if args.csv.is_dir() else []
+    folders = [path for path in folders if path.name != "examples"]  # these draw their own
     for paths in [sorted(folder.glob("*.csv")) for folder in folders] or [[args.csv]]:
         for plot in draw(paths, args.out or paths[0].parent):
             print(plot)

@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+import pkgutil
 
 import pytest
+
+from xformer_fast import models
 
 MODULES = [
     "",
@@ -16,6 +19,14 @@ MODULES = [
     ".ops.rope",
     ".positions",
     ".rope",
+    ".layers",
+    ".mixers",
+    ".training",
+    ".tuning",
+    ".frontends",
+    ".checkpoints",
+    ".generation",
+    *(f".models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
     ".information",
     ".reference",
     ".dispatch",
