@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-HOSTS = {"transformers": "transformers", "sdpa_callers": "torch", "torch_mha": "torch"}  # file -> library
+HOSTS = {  # file -> library; in this order: distance.py goes on where transformers.py ends
+    "transformers": "transformers", "distance": "transformers", "sdpa_callers": "torch", "followed": "torch",
+    "torch_mha": "torch",
+}  # fmt: skip
 
 
 @dataclass
@@ -59,8 +62,11 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     report = PatchReport()
     for host in _hosts():
         host.patch_model(model, backend, report)
-    for name in report.replaced:
-        report.skipped.pop(name, None)  # one host's module inside another's
+    replaced = {*report.replaced}
+    for name in [*report.skipped]:  # one host's module is another's, or inside it
+        above = name.split(".")
+        if any(".".join(above[:i]) in replaced for i in range(len(above) + 1)):
+            del report.skipped[name]
     if not report.replaced and not report.skipped:
         report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
     return report

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from .. import ops
 from . import PatchReport
 from .common import no_kernel, original, restore, swap, swapped
+from .follow import Followed
+from .follow_attention import sdpa
 
 LIBRARIES = {"timm", "transformers"}
 _SDPA = "scaled_dot_product_attention"
@@ -30,7 +32,7 @@ _SDPA = "scaled_dot_product_attention"
 def _recipe(cls: type, backend: str | None) -> dict:
     stand_ins = _stand_ins(backend)
     members = {}
-    for name, method in _callers(cls).items():
+    for name, method in callers(cls).items():
         scope = {key: stand_ins.get(id(value), value) for key, value in method.__globals__.items()}
         scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
         bound = types.FunctionType(method.__code__, scope, name, method.__defaults__, method.__closure__)
@@ -54,6 +56,8 @@ def _stand_ins(backend: str | None) -> dict[int, object]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if isinstance(query, Followed) or isinstance(attn_mask, Followed):
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return ops.attention.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
         )
@@ -75,7 +79,7 @@ def _copy(module: types.ModuleType, **changes) -> types.ModuleType:
 
 
 @functools.cache
-def _callers(cls: type) -> dict[str, types.FunctionType]:
+def callers(cls: type) -> dict[str, types.FunctionType]:
     """The methods of cls, its own and inherited, that name sdpa."""
     methods = ((name, inspect.getattr_static(cls, name)) for name in dir(cls))
     return {name: m for name, m in methods if isinstance(m, types.FunctionType) and _SDPA in m.__code__.co_names}
@@ -87,7 +91,7 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
         libraries = LIBRARIES.intersection(base.__module__.partition(".")[0] for base in cls.__mro__)
         if not libraries:
             continue
-        if not _callers(cls):
+        if not callers(cls):
             below = (m for m in module.modules() if m is not module)
             named = "timm" in libraries and "Attention" in cls.__name__  # transformers.py speaks for its own
             if named and not any("Attention" in type(m).__name__ for m in below):

@@ -1,0 +1,89 @@
+"""Modules of timm and transformers that compute their scores themselves, and blocks that cut maps into windows.
+
+A module is recognised by what its code does: a method of an attention module that takes a softmax and multiplies
+matrices is run under `following` (follow_attention.py); so is a method that calls functions of its file whose names end
+in "partition" and in "reverse", which is how the blocks of Swin and MaxViT reach the windows that their attention works
+in (follow_windows.py).
+"""
+
+import dis
+import functools
+import inspect
+import types
+
+from torch import nn
+
+from . import PatchReport
+from .common import no_kernel, original, restore, swap, swapped
+from .follow import following
+from .follow_windows import windows_run
+from .sdpa_callers import LIBRARIES, callers
+
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
+
+
+def _recipe(cls: type, backend: str | None) -> dict:
+    return {name: following(method, backend) for name, method in scorers(cls).items()}
+
+
+def _block_recipe(cls: type, backend: str | None) -> dict:
+    return {name: following(method, backend, maps=True) for name, method in partitioners(cls).items()}
+
+
+@functools.cache
+def scorers(cls: type) -> dict[str, types.FunctionType]:
+    """The methods that compute attention from a softmax and products of their own."""
+    if "attention" not in cls.__name__.lower() or callers(cls):
+        return {}
+    return {
+        name: method
+        for name, method, written in _methods(cls)
+        if "softmax" in written.__code__.co_names and _multiplies(written.__code__)
+    }
+
+
+@functools.cache
+def partitioners(cls: type) -> dict[str, types.FunctionType]:
+    """The methods that cut a map by a function of their file, and put it together by another."""
+    ends = ("partition", "reverse")
+    found = {}
+    for name, method, written in _methods(cls):
+        called = [called for called in written.__code__.co_names if called in written.__globals__]
+        if all(any(function.endswith(end) for function in called) for end in ends):
+            found[name] = method
+    return found
+
+
+def _methods(cls: type):
+    """Name, function and the function that its decorators wrap, of each method of a library's class."""
+    if LIBRARIES.intersection(base.__module__.partition(".")[0] for base in cls.__mro__):
+        for name in dir(cls):
+            method = inspect.getattr_static(cls, name)
+            if isinstance(method, types.FunctionType):
+                yield name, method, inspect.unwrap(method)
+
+
+def _multiplies(code: types.CodeType) -> bool:
+    if _PRODUCTS.intersection(code.co_names):
+        return True
+    at = {("BINARY_MATRIX_MULTIPLY", ""), ("BINARY_OP", "@")}
+    return any((i.opname, i.argrepr) in at for i in dis.get_instructions(code))
+
+
+def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
+    for name, module in model.named_modules():
+        cls = original(module)
+        if scorers(cls):
+            if reason := no_kernel(next(module.parameters(), None), backend):
+                report.skipped[name] = reason
+            else:
+                swap(module, _recipe, backend)
+                report.replaced.append(name)
+        elif partitioners(cls) and windows_run(next(module.parameters(), None), backend):
+            swap(module, _block_recipe, backend)
+
+
+def unpatch_model(model: nn.Module):
+    for module in model.modules():
+        if swapped(module, _recipe) or swapped(module, _block_recipe):
+            restore(module)
