@@ -62,10 +62,9 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     report = PatchReport()
     for host in _hosts():
         host.patch_model(model, backend, report)
-    replaced = {*report.replaced}
-    for name in [*report.skipped]:  # one host's module is another's, or inside it
-        above = name.split(".")
-        if any(".".join(above[:i]) in replaced for i in range(len(above) + 1)):
+    replaced, around = {*report.replaced}, {above for name in report.replaced for above in _above(name)}
+    for name in [*report.skipped]:  # told by one host, replaced by another: the same module, one inside it or around it
+        if name in replaced or name in around or not replaced.isdisjoint(_above(name)):
             del report.skipped[name]
     if not report.replaced and not report.skipped:
         report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
@@ -107,6 +106,12 @@ def register_transformers() -> None:
     >>> xformer_fast.register_transformers()
     """
     importlib.import_module(".transformers", __name__).register()
+
+
+def _above(name: str) -> set[str]:
+    """The names of the modules that a module lies in."""
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(len(parts))}
 
 
 def _check(model):

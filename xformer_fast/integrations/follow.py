@@ -54,24 +54,26 @@ class Following(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def following(method: Callable, backend: str | None, maps: bool = False) -> Callable:
-    """`method` of a module, followed.
+def following(method: Callable, backend: str | None, maps: Callable[[], bool] | None = None) -> Callable:
+    """`method` of a module, followed; `maps()` says whether cuts of maps are, too.
 
-    Attention weights that it returns come back as None; a method that is asked for them is not followed.
+    Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
     """
     names = list(inspect.signature(method).parameters)
-    wish = names.index("output_attentions") - 1 if "output_attentions" in names else len(names)
+    wish = names.index("output_attentions") - 1 if "output_attentions" in names else None
 
     @functools.wraps(method)
     def followed(self, *args, **kwargs):
-        asked = kwargs.get("output_attentions") or (len(args) > wish and args[wish])
-        if asked or any(isinstance(x, Followed) for x in args):  # in the second case a method around it is followed
+        asked = kwargs.get("output_attentions") or (wish is not None and len(args) > wish and args[wish])
+        inside = any(isinstance(x, Followed) and x.trace.maps for x in (*args, *kwargs.values()))
+        if asked or inside:  # of a method that is followed
             return method(self, *args, **kwargs)
-        trace = Trace(backend, maps)
+        trace = Trace(backend, maps is not None and maps())
         with Following(trace):
             result = method(self, *args, **kwargs)
-        if trace.unknown and (maps or not trace.attended) and not torch.compiler.is_compiling():
-            _tell_once(f"{type(self).__name__}: {trace.unknown} is not followed, from there on its own code runs")
+        if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
+            what = "windows are cut" if trace.maps else "attention is computed"
+            _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
         return _returned(result)
 
     return followed
@@ -138,6 +140,7 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "baddbmm": ("baddbmm",),
     "einsum": ("einsum",),
     "add": ("add", "__add__", "__radd__", "__iadd__"),
+    "sub": ("sub", "__sub__", "__isub__", "subtract"),
     "mul": ("mul", "__mul__", "__rmul__", "__imul__", "multiply"),
     "div": ("div", "__truediv__", "__itruediv__", "true_divide"),
     "masked_fill": ("masked_fill",),
@@ -190,10 +193,13 @@ def _method(function: Callable) -> Callable:
     return method
 
 
-for _rule in _NAMES.values():
-    for _name in _rule:
-        if hasattr(Tensor, _name):
-            setattr(Followed, _name, _method(getattr(Tensor, _name)))
+_OPERATORS = (  # without a rule; Python looks them up in the class, past __getattr__
+    "setitem rsub rtruediv pow rpow floordiv mod rmatmul neg abs invert and or xor iand ior "
+    "eq ne lt le gt ge len iter bool int float"
+)
+for _name in (*(name for rule in _NAMES.values() for name in rule), *(f"__{name}__" for name in _OPERATORS.split())):
+    if hasattr(Tensor, _name):
+        setattr(Followed, _name, _method(getattr(Tensor, _name)))
 
 
 def run(func: Callable, args, kwargs):
@@ -223,6 +229,14 @@ def sizes_of(sizes) -> list | None:
     """The arguments of a view as a list; None for a view as another dtype."""
     sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else list(sizes)
     return None if any(isinstance(size, torch.dtype) for size in sizes) else sizes
+
+
+def takes_all(index, shape) -> bool:
+    """Does x[index] leave a tensor of this shape as it is?"""
+    index = index if isinstance(index, tuple) else (index,)
+    if len(index) > len(shape) or not all(isinstance(part, slice) and part.step is None for part in index):
+        return False
+    return all(part.indices(size)[:2] == (0, size) for part, size in zip(index, shape, strict=False))
 
 
 def cast_of(dtype: torch.dtype, *args, **kwargs) -> torch.dtype:

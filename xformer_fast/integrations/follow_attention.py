@@ -5,7 +5,7 @@ when the weights meet V. So one path serves every module, whatever its names, pr
 
     matmul, @, bmm, baddbmm, einsum       the products
     * /                                   a number, or a tensor that does not vary along the keys: goes to Q
-    +                                     biases and additive masks, broadcast as they are; a `Bias` keeps its structure
+    + -                                   biases and additive masks, broadcast as they are; a `Bias` keeps its structure
     masked_fill(mask, -1e4 or less)       a boolean mask
     softmax over the keys, dropout        in any spelling
     view, reshape, float, to, type_as     of scores and weights, batch and heads apart or together
@@ -25,6 +25,7 @@ from ..ops.attention import attention, scaled_dot_product_attention
 from .common import add_mask
 from .follow import Followed, Trace, begins, cast_of, real, sizes_of
 
+_OPTIONS = "attention with these options"
 _HIDES = -1e4  # what is filled in with at most this number is masked
 
 
@@ -53,9 +54,6 @@ class Scores(Followed):
     @property
     def device(self):
         return self.query.device
-
-    def leave(self):
-        return None
 
     def but(self, **changes) -> "Scores":
         names = ("query", "key", "scale", "biases", "cosine", "factor", "cast")
@@ -96,10 +94,15 @@ class Scores(Followed):
 
     def on_add(self, a, b, **kwargs):
         bias = b if a is self else a
+        if isinstance(bias, int | float):
+            return self  # softmax takes no notice
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
         if kwargs or not all(isinstance(part, Bias) or self._takes(part) for part in parts):
             return NotImplemented
         return self.but(biases=(*self.biases, *parts))
+
+    def on_sub(self, a, b, **kwargs):
+        return self.on_add(a, -b, **kwargs) if a is self and isinstance(b, Tensor) else NotImplemented
 
     def _takes(self, bias) -> bool:
         """Is it a tensor that broadcasts to the scores, and not the other way round?"""
@@ -156,7 +159,7 @@ class Weights(Followed):
         return self.scores.device
 
     def leave(self):
-        return None
+        return None if self.trace.attended else self.real()
 
     def compute(self):
         return F.dropout(F.softmax(self.scores.real(), dim=-1), self.dropout_p)
@@ -202,6 +205,7 @@ class Weights(Followed):
             if result is not NotImplemented:
                 self.trace.attended = True
                 return result
+            self.trace.unknown = self.trace.unknown or _OPTIONS
         value = real(value)
         query, key = scores.operands()
         lead = query.shape[:-2]
@@ -364,7 +368,9 @@ def _letters(equation) -> tuple[list[str], str] | None:
 
 @begins("normalize")
 def _normalize(trace: Trace, x, p=2.0, dim=1, eps=1e-12, out=None):
-    last = x.dim() >= 3 and dim in (-1, x.dim() - 1) and not trace.maps
+    if trace.maps or torch.compiler.is_compiling():  # torch.compile knows no @ of two objects
+        return NotImplemented
+    last = x.dim() >= 3 and dim in (-1, x.dim() - 1)
     return Unit(trace, x) if p == 2 and eps == 1e-12 and out is None and last else NotImplemented
 
 
@@ -388,6 +394,7 @@ def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             result = Weights(scores.but(scale=scale), dropout_p).attend(value)
     if result is NotImplemented:
+        trace.unknown = trace.unknown or _OPTIONS
         tensors = map(real, (query, key, value, attn_mask))
         result = _sdpa(trace, *tensors, dropout_p, is_causal, scale, enable_gqa)
     trace.busy = before

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import DEFAULT
 from ..ops.window_attention import explain, window_attention
-from .follow import Followed, Trace, begins, sizes_of
+from .follow import Followed, Trace, begins, sizes_of, takes_all
 from .follow_attention import Bias, Unit, Weights, product, sdpa
 
 _MARK = -90.0  # an addend that hides: Swin's is -100
@@ -170,8 +170,8 @@ class Moved(Followed):
         return tuple(self._select(dim, i) for i in range(size)) if self._feature(dim) is not None else NotImplemented
 
     def on_getitem(self, x, index):
-        if index is Ellipsis or isinstance(index, bool) or not isinstance(index, int):
-            return NotImplemented
+        if isinstance(index, bool) or not isinstance(index, int):
+            return self if takes_all(index, self.shape) else NotImplemented
         return self._select(0, index) if self._feature(0) is not None else NotImplemented
 
     def _feature(self, dim) -> int | None:

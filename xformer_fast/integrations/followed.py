@@ -3,7 +3,8 @@
 A module is recognised by what its code does: a method of an attention module that takes a softmax and multiplies
 matrices is run under `following` (follow_attention.py); so is a method that calls functions of its file whose names end
 in "partition" and in "reverse", which is how the blocks of Swin and MaxViT reach the windows that their attention works
-in (follow_windows.py).
+in (follow_windows.py). torch.compile cannot trace `a @ b` of two stand-ins: under it, blocks whose attention is written
+so (Swin-V2) cut their maps as their host does, and attention alone is ours.
 """
 
 import dis
@@ -11,6 +12,7 @@ import functools
 import inspect
 import types
 
+import torch
 from torch import nn
 
 from . import PatchReport
@@ -27,19 +29,28 @@ def _recipe(cls: type, backend: str | None) -> dict:
 
 
 def _block_recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend, maps=True) for name, method in partitioners(cls).items()}
+    return {name: following(method, backend, lambda: True) for name, method in partitioners(cls).items()}
+
+
+def _eager_block_recipe(cls: type, backend: str | None) -> dict:
+    return {name: following(method, backend, _in_eager_mode) for name, method in partitioners(cls).items()}
+
+
+def _in_eager_mode() -> bool:
+    return not torch.compiler.is_compiling()
+
+
+_RECIPES = (_recipe, _block_recipe, _eager_block_recipe)
 
 
 @functools.cache
 def scorers(cls: type) -> dict[str, types.FunctionType]:
     """The methods that compute attention from a softmax and products of their own."""
-    if "attention" not in cls.__name__.lower() or callers(cls):
+    methods = [(name, method, written.__code__) for name, method, written in _methods(cls)]
+    others = any("ALL_ATTENTION_FUNCTIONS" in code.co_names for _, _, code in methods) or callers(cls)
+    if others or "attention" not in cls.__name__.lower():
         return {}
-    return {
-        name: method
-        for name, method, written in _methods(cls)
-        if "softmax" in written.__code__.co_names and _multiplies(written.__code__)
-    }
+    return {name: method for name, method, code in methods if "softmax" in code.co_names and _multiplies(code)}
 
 
 @functools.cache
@@ -64,8 +75,11 @@ def _methods(cls: type):
 
 
 def _multiplies(code: types.CodeType) -> bool:
-    if _PRODUCTS.intersection(code.co_names):
-        return True
+    return bool(_PRODUCTS.intersection(code.co_names)) or _has_operator(code)
+
+
+def _has_operator(code: types.CodeType) -> bool:
+    """Is there an @?"""
     at = {("BINARY_MATRIX_MULTIPLY", ""), ("BINARY_OP", "@")}
     return any((i.opname, i.argrepr) in at for i in dis.get_instructions(code))
 
@@ -80,10 +94,12 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
                 swap(module, _recipe, backend)
                 report.replaced.append(name)
         elif partitioners(cls) and windows_run(next(module.parameters(), None), backend):
-            swap(module, _block_recipe, backend)
+            inside = [method for m in module.modules() for method in scorers(original(m)).values()]
+            operator = any(_has_operator(inspect.unwrap(method).__code__) for method in inside)
+            swap(module, _eager_block_recipe if operator else _block_recipe, backend)
 
 
 def unpatch_model(model: nn.Module):
     for module in model.modules():
-        if swapped(module, _recipe) or swapped(module, _block_recipe):
+        if any(swapped(module, recipe) for recipe in _RECIPES):
             restore(module)

@@ -50,7 +50,7 @@ from transformers.utils.import_utils import is_tracing
 from ..ops.attention import attention, varlen_attention
 from . import PatchReport
 from .common import add_mask, hide, no_kernel, original
-from .follow import Followed, Trace, real
+from .follow import Followed, Trace, real, takes_all
 from .follow_attention import Rule, Sum, sdpa
 from .followed import scorers
 
@@ -355,10 +355,7 @@ class Mask(Rule):
         return Mask(self.structured, self.given, hides=self.hides or torch.bool in (*args, *kwargs.values()))
 
     def on_getitem(self, x, index):
-        index = index if isinstance(index, tuple) else (index,)
-        whole = len(index) <= 4 and all(isinstance(part, slice) and part.step is None for part in index)
-        whole = whole and all(part.indices(n)[:2] == (0, n) for part, n in zip(index, self.shape, strict=False))
-        return self if whole else NotImplemented
+        return self if takes_all(index, self.shape) else NotImplemented
 
     def inverted(self):
         return Mask(self.structured, self.given) if self.hides else NotImplemented
