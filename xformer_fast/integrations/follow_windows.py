@@ -11,11 +11,13 @@ with x and y for the outer and the inner part of a side. What treats tokens alik
 comes out. Anything else moves the tokens as the host would, and the host goes on: padding after a roll, biases that
 differ from window to window, dropout of weights.
 
-The mask of shifted windows is recognised by its shape (windows, N, N) and, once for each geometry, by its values (under
-torch.compile, which cannot look at values, by its shape alone). The kernel leaves out what it marks, where hosts add
--100, and reads no mask.
+The mask of shifted windows is recognised by its shape (windows, N, N) and by its values: all of them once for each
+geometry, those of one window every time. torch.compile cannot look at values: there its shape has to be enough, and
+where a bias (heads, N, N) would have the same one, tokens are moved. The kernel leaves out what the mask marks, where
+hosts add -100, and reads no mask.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -332,10 +334,11 @@ def _alike(x: Moved, query: Moved) -> bool:
 def _biases(scores, query: Moved, window) -> tuple:
     """The biases of scores as one (H, N, N) or None, and whether one of them is the mask of shifted windows."""
     total, shifted = None, False
+    heads = query.base.shape[3] if query.base.dim() == 5 else 1
     for bias in scores.biases:
         if isinstance(bias, Region):
-            if not bias.is_mask():
-                return NotImplemented, False
+            if torch.compiler.is_compiling() and bias.windows.count == heads:
+                return NotImplemented, False  # is it the mask or the bias?
             shifted = True
             continue
         bias = bias if isinstance(bias, Tensor) and bias.dtype != torch.bool else None
@@ -345,7 +348,6 @@ def _biases(scores, query: Moved, window) -> tuple:
         total = bias if total is None else total + bias
     if total is None:
         return None, shifted
-    heads = query.base.shape[3] if query.base.dim() == 5 else 1
     return total.expand(heads, math.prod(window), math.prod(window)), shifted
 
 
@@ -359,7 +361,7 @@ def _of_heads(x: Tensor, query: Moved) -> Tensor | None:
 
 
 class Region(Bias):
-    """What may be the mask of shifted windows, (windows, N, N), while the host brings it into the shape of scores."""
+    """The mask of shifted windows, (windows, N, N), while the host brings it into the shape of scores."""
 
     def __init__(self, trace: Trace, mask: Tensor, windows: Windows, steps=()):
         self.trace, self.mask, self.windows, self.steps = trace, mask, windows, steps
@@ -381,14 +383,6 @@ class Region(Bias):
         for function, args, kwargs in self.steps:
             mask = function(mask, *args, **kwargs)
         return mask
-
-    def is_mask(self) -> bool:
-        if torch.compiler.is_compiling():
-            return True
-        if self.windows not in _SEEN:
-            apart = _apart(self.windows).to(self.mask.device)
-            _SEEN[self.windows] = bool((self.mask[~apart] == 0).all() and (self.mask[apart] <= _MARK).all())
-        return _SEEN[self.windows]
 
     def regrouped(self, old, new):
         def regroup(mask):
@@ -412,9 +406,20 @@ class Region(Bias):
         return self.after(Tensor.to, *args, **kwargs)
 
 
-_SEEN: dict[Windows, bool] = {}  # geometry -> was the mask that came with it the mask of shifted windows?
+_SEEN: set[Windows] = set()  # whose mask was compared as a whole
 
 
+def _is_region_mask(mask: Tensor, windows: Windows) -> bool:
+    part = slice(-1 if windows in _SEEN else 0, None)
+    mask, apart = mask[part], _apart(windows)[part].to(mask.device)
+    marked = mask <= _MARK
+    found = torch.equal(marked, apart) and not mask.masked_fill(marked, 0).any()
+    if found:
+        _SEEN.add(windows)
+    return bool(found)
+
+
+@functools.lru_cache(maxsize=64)
 def _apart(windows: Windows) -> Tensor:
     """(windows, N, N): True where a shifted window holds two tokens that do not belong together."""
     regions = reference.wrapped_regions(windows.sides, windows.window, windows.shift, torch.device("cpu"))
@@ -455,4 +460,6 @@ def _is_region(trace: Trace, x: Tensor) -> bool:
     if trace.windows is None or x.dim() != 3 or x.requires_grad:
         return False
     tokens = math.prod(trace.windows.window)
-    return tuple(x.shape) == (trace.windows.count, tokens, tokens)
+    if tuple(x.shape) != (trace.windows.count, tokens, tokens):
+        return False
+    return torch.compiler.is_compiling() or _is_region_mask(x, trace.windows)
