@@ -117,7 +117,7 @@ def test_every_peer_is_right_or_says_why():
 def test_kept_pairs_counts_the_mask():
     for case in (SMALL, *map(tiny, select("attention")), *map(tiny, select("attention", device="cuda"))):
         inputs = OPS["attention"].inputs(case, torch.float32)
-        options = {name: inputs[name] for name in ("causal", "window", "key_lengths") if name in inputs}
+        options = {name: inputs[name] for name in ("causal", "window", "global_keys", "key_lengths") if name in inputs}
         keep = keep_mask(inputs["query"], inputs["key"], **options)
         dense = torch.ones(case.batch, 1, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
         assert case.kept_pairs() == int((dense if keep is None else dense & keep).sum())

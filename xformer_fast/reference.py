@@ -21,10 +21,12 @@ def attention(
     mask=None,
     causal=False,
     window=None,
+    global_keys=None,
     key_lengths=None,
     rope=None,
     alibi_slopes=None,
     relative_bias=None,
+    decomposed_bias=None,
     sinks=None,
     scale=None,
     softcap=None,
@@ -44,13 +46,15 @@ def attention(
     if rope is not None:
         query, key = rope.rotate(query, key, top_left=top_left, backend="reference")
     keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
-    if causal:
-        keep = keep & (j <= p)
     left, right = (-1, -1) if window is None else window
     if left >= 0:
         keep = keep & (j >= p - left)
     if right >= 0:
         keep = keep & (j <= p + right)
+    if global_keys is not None:
+        keep = keep | is_global(global_keys, len_k, query.device)
+    if causal:
+        keep = keep & (j <= p)
     if key_lengths is not None:
         inside = (j < key_lengths.to(query.device)[:, None])[:, None]  # (B, 1, Sk)
         keep = keep & inside[:, None]
@@ -67,6 +71,9 @@ def attention(
     if relative_bias is not None:
         values = relative_bias.values_for(len_q, len_k, top_left=top_left)
         scores = scores + distance_matrix(values, len_q, len_k).to(scores.dtype)
+    if decomposed_bias is not None:
+        rel_h, rel_w = (rel.to(scores.dtype) for rel in decomposed_bias)
+        scores = scores + (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
     if mask is not None and mask.dtype == torch.bool:
         keep = keep & mask
     elif mask is not None:
@@ -193,6 +200,15 @@ def kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, b
 def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
     """p_i, the position at which query i stands among the keys, as a column (Sq, 1)."""
     return torch.arange(len_q, device=device)[:, None] + (0 if top_left else len_k - len_q)
+
+
+def is_global(global_keys, len_k, device) -> Tensor:
+    """Which keys a count or the indices of `global_keys` name: (Sk,), or (B, 1, 1, Sk) for indices (B, G)."""
+    j = torch.arange(len_k, device=device)
+    if not isinstance(global_keys, Tensor):
+        return j < global_keys
+    found = (global_keys.to(device)[..., None] == j).any(-2)
+    return found if found.dim() == 1 else found[:, None, None]
 
 
 def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
