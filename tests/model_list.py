@@ -91,6 +91,14 @@ def encoder_cases() -> dict:
     }
 
 
+def global_cases() -> dict:
+    """Beside an encoder's: tokens that see all and are seen by all, not the same number in each row."""
+    chosen = torch.zeros(3, 13, dtype=torch.long)
+    chosen[[0, 0, 1], [0, 9, 4]] = 1
+    padded = ids(padding="right")
+    return encoder_cases() | {"global tokens": call(**padded, global_attention_mask=chosen * padded["attention_mask"])}
+
+
 def decoder_cases() -> dict:
     return encoder_cases() | {"cache": continued(ids(padding="left"))}
 
@@ -218,7 +226,7 @@ MODELS = {
         "ModernBERT", "ModernBertModel",
         TEXT | SPECIAL | {"local_attention": 8, "global_attn_every_n_layers": 2, "reference_compile": False},
     ),
-    "longformer": hf("Longformer", "LongformerModel", TEXT | {"attention_window": [4, 8]}),
+    "longformer": hf("Longformer", "LongformerModel", TEXT | {"attention_window": [4, 8]}, cases=global_cases),
     "gpt2": hf(
         "GPT-2", "GPT2LMHeadModel",
         {"n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCAB, "n_positions": 64},

@@ -1,6 +1,7 @@
 """Attention in code that computes its scores itself: the spellings that are followed, and what happens to others."""
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 from transformers import masking_utils
 
 import xformer_fast
-from xformer_fast.integrations import follow_attention
+from xformer_fast.integrations import banded, follow_attention
 from xformer_fast.integrations import transformers as integration
 from xformer_fast.integrations.distance import Distances
 from xformer_fast.integrations.follow import following
@@ -94,6 +95,12 @@ def filled(q, k, v, mask):
     return torch.softmax(scores, -1) @ v
 
 
+def chosen(q, k, v, mask):
+    lowest = torch.full([], torch.finfo(q.dtype).min)
+    scores = torch.where(mask, q @ k.transpose(-2, -1), lowest).where(mask, -1e30)
+    return scores.softmax(-1) @ v
+
+
 def letters(q, k, v, added):
     scores = torch.einsum("bhlk,bhtk->bhlt", [q, k]) * 0.7
     return torch.einsum("bhlt,bhtv->bhlv", [(scores - added).softmax(-1), v])
@@ -120,6 +127,7 @@ FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "one_axis": (one_axis, bias(BATCH, HEADS, 1, LEN_K), (1, BATCH * HEADS, LEN_Q, LEN_K)),
     "filled": (filled, keep(BATCH, 1, LEN_Q, LEN_K), (BATCH, 1, LEN_Q, LEN_K)),
     "filled keys": (filled, keep(LEN_K), (LEN_K,)),
+    "chosen": (chosen, keep(BATCH, HEADS, 1, LEN_K), (BATCH, HEADS, 1, LEN_K)),
     "letters": (letters, bias(LEN_Q, LEN_K), (LEN_Q, LEN_K)),
     "sequence_first": (sequence_first, bias(BATCH, HEADS, LEN_Q, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)),
     "cosine": (cosine, bias(HEADS, 1, 1), None),
@@ -295,8 +303,8 @@ def test_a_mask_that_meets_other_code_is_the_hosts():
     assert torch.equal(ours.to(torch.bool) & True, theirs.to(torch.bool)) and ours.ndim == 4 and ours.size(3) == 9
 
 
-def seen(monkeypatch, name):
-    """The arguments that a patched model of the list hands to the op, for padding on the left."""
+def spied(monkeypatch):
+    """The arguments of calls that will reach the op."""
     taken = []
     for place in (follow_attention, integration):
 
@@ -305,6 +313,12 @@ def seen(monkeypatch, name):
             return run(**options)
 
         monkeypatch.setattr(place, "attention", attention)
+    return taken
+
+
+def seen(monkeypatch, name):
+    """What a patched model of the list hands to the op, for padding on the left."""
+    taken = spied(monkeypatch)
     model = MODELS[name].build()
     xformer_fast.patch(model)
     MODELS[name].cases()["left padding"](model)
@@ -322,6 +336,44 @@ def test_relative_bias_is_a_vector(name, monkeypatch):
     taken = seen(monkeypatch, name)
     assert sum(call.get("relative_bias") is not None for call in taken) == 4  # not in cross attention
     assert all(call["mask"] is None or call["mask"].shape[1:3] == (1, 1) for call in taken)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_decomposed_positions_stay_apart(attention, monkeypatch):
+    taken = spied(monkeypatch)
+    listed = dataclasses.replace(MODELS["sam_vision"], attention=attention)
+    model = listed.build()
+    patched = copy.deepcopy(model)
+    assert xformer_fast.patch(patched).count == 2
+    check_equal(model, patched, listed.cases()["32x32 pixels"])
+    assert len(taken) == 2 and all(call["mask"] is None for call in taken)
+    assert [call["decomposed_bias"][0].shape[-1] for call in taken] == [3, 8]  # a window, and the whole map
+
+
+def test_longformer_takes_rows_for_masks(monkeypatch):
+    taken = []
+
+    def attention(*args, run=banded.attention, **options):
+        taken.append(options)
+        return run(*args, **options)
+
+    monkeypatch.setattr(banded, "attention", attention)
+    monkeypatch.setattr(masking_utils, "sdpa_mask", refuse_squares(masking_utils.sdpa_mask))
+    model = MODELS["longformer"].build()
+    xformer_fast.patch(model)
+    with torch.no_grad():
+        MODELS["longformer"].cases()["global tokens"](model)
+    assert [call.get("window") for call in taken] == [(2, 2), None, (4, 4), None]
+    assert taken[0]["global_keys"].tolist() == [[0, 9], [4, -1], [-1, -1]]
+    assert all(call["mask"].shape[1:3] == (1, 1) for call in taken)
+
+
+def refuse_squares(make_mask):
+    def refusing(*args, **given):
+        assert given["q_length"] == 1
+        return make_mask(*args, **given)
+
+    return refusing
 
 
 @pytest.mark.parametrize("past", [0, 4, torch.tensor(4)])
@@ -362,7 +414,7 @@ def twins(name):
     return model, patched, next(iter(MODELS[name].cases().values()))
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt", "swinv2", "cvt", "t5"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "swinv2", "cvt", "t5", "longformer", "sam_vision"])
 def test_life(name):
     check_life(*twins(name))
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 HOSTS = {  # file -> library; in this order: distance.py goes on where transformers.py ends
-    "transformers": "transformers", "distance": "transformers", "sdpa_callers": "torch", "followed": "torch",
-    "torch_mha": "torch",
+    "transformers": "transformers", "distance": "transformers", "banded": "transformers", "sdpa_callers": "torch",
+    "followed": "torch", "torch_mha": "torch",
 }  # fmt: skip
 
 

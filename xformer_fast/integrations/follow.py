@@ -144,6 +144,7 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "mul": ("mul", "__mul__", "__rmul__", "__imul__", "multiply"),
     "div": ("div", "__truediv__", "__itruediv__", "true_divide"),
     "masked_fill": ("masked_fill",),
+    "where": ("where",),
     "softmax": ("softmax",),
     "dropout": ("dropout",),
     "normalize": ("normalize",),

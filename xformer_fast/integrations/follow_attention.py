@@ -6,9 +6,10 @@ when the weights meet V. So one path serves every module, whatever its names, pr
     matmul, @, bmm, baddbmm, einsum       the products
     * /                                   a number, or a tensor that does not vary along the keys: goes to Q
     + -                                   biases and additive masks, broadcast as they are; a `Bias` keeps its structure
-    masked_fill(mask, -1e4 or less)       a boolean mask
+    masked_fill, where: -1e4 or less      a boolean mask
     softmax over the keys, dropout        in any spelling
     view, reshape, float, to, type_as     of scores and weights, batch and heads apart or together
+    a[..., None] + b[..., None, :]        decomposed relative positions, with the axes of a map: SAM's
 
 Different from the host by intent: a masked key is left out, where hosts add a large negative number, and a query with
 no key left gives zeros. Queries and keys must not be written to between the product and the softmax.
@@ -97,7 +98,11 @@ class Scores(Followed):
         if isinstance(bias, int | float):
             return self  # softmax takes no notice
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
-        if kwargs or not all(isinstance(part, Bias) or self._takes(part) for part in parts):
+        fits = (
+            part.shape == self.shape if isinstance(part, Decomposed) else isinstance(part, Bias) or self._takes(part)
+            for part in parts
+        )
+        if kwargs or not all(fits):
             return NotImplemented
         return self.but(biases=(*self.biases, *parts))
 
@@ -116,6 +121,14 @@ class Scores(Followed):
             return NotImplemented
         keep = mask.inverted() if isinstance(mask, Bias) else ~mask if self._takes(mask) else NotImplemented
         return NotImplemented if keep is NotImplemented else self.but(biases=(*self.biases, keep))
+
+    def on_where(self, *args):
+        condition, x, other = args if len(args) == 3 and args[1] is self else (args[1], args[0], args[-1])
+        if isinstance(other, Tensor) and not other.dim() and other.is_cpu and not torch.compiler.is_compiling():
+            other = float(other)
+        if x is not self or len(args) != 3 or isinstance(other, Tensor | Followed) or other > _HIDES:
+            return NotImplemented
+        return self.but(biases=(*self.biases, condition)) if self._takes(condition) else NotImplemented
 
     def on_cast(self, x, *args, **kwargs):
         return self.but(cast=cast_of(self.dtype, *args, **kwargs))
@@ -318,6 +331,53 @@ class Sum(Bias):
         return functools.reduce(torch.add, map(real, self.parts))
 
 
+class Decomposed(Rule):
+    """rel_h[..., None] + rel_w[..., None, :]: (*lead, h, w, H) and (*lead, h, w, W), until the host makes one axis of
+    the queries' h and w, and one of the keys' H and W: `flat`.
+    """
+
+    def __init__(self, trace: Trace, rel_h: Tensor, rel_w: Tensor, flat: bool = False):
+        self.trace, self.rel_h, self.rel_w, self.flat = trace, rel_h, rel_w, flat
+
+    @property
+    def shape(self):
+        sides = self.rel_h.shape[-1], self.rel_w.shape[-1]
+        return torch.Size((*self.rel_h.shape[:-1], *([math.prod(sides)] if self.flat else sides)))
+
+    @property
+    def dtype(self):
+        return self.rel_h.dtype
+
+    @property
+    def device(self):
+        return self.rel_h.device
+
+    def leave(self):
+        return self.real()
+
+    def compute(self):
+        return (self.rel_h.unsqueeze(-1) + self.rel_w.unsqueeze(-2)).reshape(self.shape)
+
+    def on_view(self, x, *sizes):
+        shape = self.shape
+        flat = shape if self.flat else (*shape[:-4], shape[-4] * shape[-3], shape[-2] * shape[-1])
+        lead = _lead_of(flat, sizes)
+        if lead is None:
+            return NotImplemented
+        rel_h, rel_w = (rel.reshape(*lead, flat[-2], rel.shape[-1]) for rel in (self.rel_h, self.rel_w))
+        return Decomposed(self.trace, rel_h, rel_w, True)
+
+    def on_view_as(self, x, other):
+        return self.on_view(x, *other.shape)
+
+    def on_unflatten(self, x, dim, sizes):
+        return self.on_view(x, *self.shape[:dim], *sizes, *self.shape[dim + 1 :]) if dim >= 0 else NotImplemented
+
+    def apply(self, call: dict):
+        lead = call["query"].shape[:3]
+        call["decomposed_bias"] = tuple(rel.reshape(*lead, rel.shape[-1]) for rel in (self.rel_h, self.rel_w))
+
+
 # Where following begins
 
 
@@ -372,6 +432,14 @@ def _normalize(trace: Trace, x, p=2.0, dim=1, eps=1e-12, out=None):
         return NotImplemented
     last = x.dim() >= 3 and dim in (-1, x.dim() - 1)
     return Unit(trace, x) if p == 2 and eps == 1e-12 and out is None and last else NotImplemented
+
+
+@begins("add")
+def _outer_sum(trace: Trace, a, b, **kwargs):
+    if trace.maps or kwargs or not isinstance(b, Tensor) or not a.dim() == b.dim() == 5:
+        return NotImplemented
+    outer = a.shape[-1] == b.shape[-2] == 1 and a.shape[:-2] == b.shape[:-2]
+    return Decomposed(trace, a.squeeze(-1), b.squeeze(-2)) if outer else NotImplemented
 
 
 @begins("scaled_dot_product_attention")

@@ -1,10 +1,12 @@
 """Modules of timm and transformers that compute their scores themselves, and blocks that cut maps into windows.
 
-A module is recognised by what its code does: a method of an attention module that takes a softmax and multiplies
-matrices is run under `following` (follow_attention.py); so is a method that calls functions of its file whose names end
-in "partition" and in "reverse", which is how the blocks of Swin and MaxViT reach the windows that their attention works
-in (follow_windows.py). torch.compile cannot trace `a @ b` of two stand-ins: under it, blocks whose attention is written
-so (Swin-V2) cut their maps as their host does, and attention alone is ours.
+A module is recognised by what its code does. A method of an attention module that takes a softmax and multiplies
+matrices, or gives decomposed relative positions to sdpa, is run under `following` (follow_attention.py). So is a method
+that calls functions of its file whose names end in "partition" and in "reverse", which is how the blocks of Swin and
+MaxViT reach the windows that their attention works in (follow_windows.py).
+
+torch.compile cannot trace `a @ b` of two stand-ins: under it, blocks whose attention is written so (Swin-V2) cut their
+maps as their host does, and attention alone is ours.
 """
 
 import dis
@@ -16,10 +18,11 @@ import torch
 from torch import nn
 
 from . import PatchReport
+from .banded import is_banded
 from .common import no_kernel, original, restore, swap, swapped
 from .follow import following
 from .follow_windows import windows_run
-from .sdpa_callers import LIBRARIES, callers
+from .sdpa_callers import LIBRARIES, SDPA, callers, decomposes
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
@@ -48,9 +51,9 @@ def scorers(cls: type) -> dict[str, types.FunctionType]:
     """The methods that compute attention from a softmax and products of their own."""
     methods = [(name, method, written.__code__) for name, method, written in _methods(cls)]
     others = any("ALL_ATTENTION_FUNCTIONS" in code.co_names for _, _, code in methods) or callers(cls)
-    if others or "attention" not in cls.__name__.lower():
+    if others or is_banded(cls) or "attention" not in cls.__name__.lower():
         return {}
-    return {name: method for name, method, code in methods if "softmax" in code.co_names and _multiplies(code)}
+    return {name: method for name, method, code in methods if _attends(code)}
 
 
 @functools.cache
@@ -72,6 +75,12 @@ def _methods(cls: type):
             method = inspect.getattr_static(cls, name)
             if isinstance(method, types.FunctionType):
                 yield name, method, inspect.unwrap(method)
+
+
+def _attends(code: types.CodeType) -> bool:
+    if SDPA in code.co_names and decomposes(code):
+        return True
+    return "softmax" in code.co_names and _multiplies(code)
 
 
 def _multiplies(code: types.CodeType) -> bool:

@@ -5,7 +5,7 @@ untouched, to globals where that name leads to `xformer_fast.scaled_dot_product_
 stays timm's: projections, norms, rotation, relative position bias (a float mask here, with gradient), gates, windows.
 timm's `fused_attn` reads True on such a module, also where it is off by default (Swin) or the user switched it off.
 
-Left, with a reason: modules that compute scores themselves (Swin-V2's cosine attention, linear attention).
+Left, with a reason: modules that compute scores themselves and that followed.py does not know (linear attention).
 
 The rebound methods see their module's globals as they were at the first patch. Fine for a library; the modules of a
 notebook, say, may rely on globals that change, so only LIBRARIES are looked at.
@@ -26,7 +26,7 @@ from .follow import Followed
 from .follow_attention import sdpa
 
 LIBRARIES = {"timm", "transformers"}
-_SDPA = "scaled_dot_product_attention"
+SDPA = "scaled_dot_product_attention"
 
 
 def _recipe(cls: type, backend: str | None) -> dict:
@@ -62,7 +62,7 @@ def _stand_ins(backend: str | None) -> dict[int, object]:
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
         )
 
-    functional = _copy(F, **{_SDPA: scaled_dot_product_attention})
+    functional = _copy(F, **{SDPA: scaled_dot_product_attention})
     layers = _copy(nn, functional=functional)
     return {
         id(F.scaled_dot_product_attention): scaled_dot_product_attention,
@@ -80,9 +80,15 @@ def _copy(module: types.ModuleType, **changes) -> types.ModuleType:
 
 @functools.cache
 def callers(cls: type) -> dict[str, types.FunctionType]:
-    """The methods of cls, its own and inherited, that name sdpa."""
+    """The methods of cls, its own and inherited, that name sdpa; none where one hands it a bias to be followed."""
     methods = ((name, inspect.getattr_static(cls, name)) for name in dir(cls))
-    return {name: m for name, m in methods if isinstance(m, types.FunctionType) and _SDPA in m.__code__.co_names}
+    found = {name: m for name, m in methods if isinstance(m, types.FunctionType) and SDPA in m.__code__.co_names}
+    return {} if any(decomposes(method.__code__) for method in found.values()) else found
+
+
+def decomposes(code: types.CodeType) -> bool:
+    """Does it ask for decomposed relative positions? followed.py keeps them from becoming a matrix."""
+    return any("decomposed" in name for name in code.co_names)
 
 
 def patch_model(model: nn.Module, backend: str | None, report: PatchReport):

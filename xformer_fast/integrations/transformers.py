@@ -49,6 +49,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..ops.attention import attention, varlen_attention
 from . import PatchReport
+from .banded import is_banded
 from .common import add_mask, hide, no_kernel, original
 from .follow import Followed, Trace, real, takes_all
 from .follow_attention import Rule, Sum, sdpa
@@ -327,10 +328,11 @@ def _closure(function: Callable) -> dict:
 
 
 class Mask(Rule):
-    """What models that compute their scores themselves get for a mask: the structured one, and how to make theirs."""
+    """What models that compute their scores themselves get for a mask: how to make it, theirs or a structured one."""
 
-    def __init__(self, structured: Tensor | None, given: dict, hides: bool = False):
-        self.trace, self.structured, self.given, self.hides = Trace(None), structured, given, hides
+    def __init__(self, given: dict, hides: bool = False, structured: list | None = None):
+        self.trace, self.given, self.hides = Trace(None), given, hides
+        self.structured = [] if structured is None else structured  # filled when it is first asked for
 
     @property
     def shape(self):
@@ -352,27 +354,35 @@ class Mask(Rule):
 
     def on_cast(self, x, *args, **kwargs):
         """To bool: True hides, as models have it that fill scores in where it is True."""
-        return Mask(self.structured, self.given, hides=self.hides or torch.bool in (*args, *kwargs.values()))
+        return Mask(self.given, self.hides or torch.bool in (*args, *kwargs.values()), self.structured)
 
     def on_getitem(self, x, index):
-        return self if takes_all(index, self.shape) else NotImplemented
+        if takes_all(index, self.shape):
+            return self
+        plain = self.given.get("mask_function") is bidirectional_mask_function and not self.hides
+        if plain and isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], int):
+            row = eager_mask(**self.given | {"q_length": 1, "allow_is_bidirectional_skip": False})  # they are all alike
+            return row[index[0], index[1], 0, index[3]]
+        return NotImplemented
 
     def inverted(self):
-        return Mask(self.structured, self.given) if self.hides else NotImplemented
+        return Mask(self.given, False, self.structured) if self.hides else NotImplemented
 
     def apply(self, call: dict):
-        if self.structured is None:
+        if not self.structured:
+            self.structured.append(structured_mask(**self.given))
+        mask = self.structured[0]
+        if mask is None:
             call["causal"] = "top_left" if self.given["q_length"] > 1 else False
-            return
-        if self.structured.dtype in _DTYPES and self.structured.dtype != torch.int64:
-            _unpack(self.structured, call)
+        elif mask.dtype in _DTYPES and mask.dtype != torch.int64:
+            _unpack(mask, call)
         else:
-            add_mask(call, self.compute() if self.structured.dtype == torch.int64 else self.structured)
+            add_mask(call, self.compute() if mask.dtype == torch.int64 else mask)
 
 
 def followed_mask(**given) -> Mask:
     """The mask function of models whose attention is followed: called as any is, by keywords."""
-    return Mask(structured_mask(**given), given)
+    return Mask(given)
 
 
 # Registration and patching
@@ -481,10 +491,10 @@ def _assign(owner: PreTrainedModel, implementation: str | dict):
 
 
 def _is_followed(owner: PreTrainedModel, backend: str | None) -> bool:
-    """Does it hold attention that computes its scores itself, and none on AttentionInterface?"""
+    """Does it hold attention of ours, and none on AttentionInterface?"""
     if owner._can_set_attn_implementation() or no_kernel(next(owner.parameters(), None), backend) is not None:
         return False
-    return any(scorers(original(module)) for module in owner.modules())
+    return any(scorers(original(module)) or is_banded(original(module)) for module in owner.modules())
 
 
 def _reason_against(owner: PreTrainedModel, backend: str | None) -> str | None:
