@@ -11,6 +11,7 @@ from typing import Any
 from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .linear_attention import LINEAR_ATTENTION
+from .neighborhood_attention import NEIGHBORHOOD
 from .op import Op
 from .rope import ROPE
 from .sam_attention import SAM_ATTENTION
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {
     "apply_rope": ROPE,
     "linear_attention": LINEAR_ATTENTION,
     "window_attention": WINDOW,
+    "neighborhood_attention": NEIGHBORHOOD,
 }
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 
 import xformer_fast
@@ -24,13 +25,25 @@ def prepare_timm():
 _KEPT = []  # a library's operators go with it
 
 
+def import_timm():
+    """timm, or the test file is skipped."""
+    prepare_timm()
+    return pytest.importorskip("timm")
+
+
 def disturb(model):
-    """Moves the parameters off their initial values: zero biases hide mistakes, small weights make scores flat."""
+    """Moves the parameters off their initial values, and the statistics of batch norms, frozen ones too: zero biases
+    hide mistakes, small weights make scores flat."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.15 if parameter.dim() > 1 else 0.3))
+        for norm in (module for module in model.modules() if getattr(module, "running_var", None) is not None):
+            for name, buffer in norm.named_buffers():
+                if buffer.is_floating_point():
+                    noise = torch.rand(buffer.shape, generator=generator)
+                    buffer.add_(noise if name in ("running_var", "weight") else noise - 0.5)
     return model
 
 

@@ -307,6 +307,46 @@ def relative_index(window: tuple[int, ...], device) -> Tensor:
     return index
 
 
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size, *, dilation=1, causal=False, relative_bias_table=None,
+    scale=None,
+) -> Tensor:  # fmt: skip
+    """Attention over the flattened map under a dense mask; arguments of `xformer_fast.neighborhood_attention`.
+
+    Hassani et al., "Neighborhood Attention Transformer" (2023).
+    """
+    axes = query.dim() - 3
+    space = query.shape[1 : axes + 1]
+    kernel, dilation, causal = (per_axis(option, axes) for option in (kernel_size, dilation, causal))
+    mask, index = neighborhoods(space, kernel, dilation, causal, query.device)
+    if relative_bias_table is not None:
+        # An embedding: its gradient sums in one order for any number of threads, that of indexing does not.
+        bias = F.embedding(index, relative_bias_table).permute(2, 0, 1)
+        mask = bias.masked_fill(~mask, float("-inf"))
+    query, key, value = (x.flatten(1, axes).transpose(1, 2) for x in (query, key, value))
+    return attention(query, key, value, mask=mask, scale=scale).transpose(1, 2).unflatten(1, space)
+
+
+def neighborhoods(space, kernel, dilation, causal, device) -> tuple[Tensor, Tensor]:
+    """For each query and key of a flattened map, (N, N): whether it sees it, and the row of the bias table if so.
+
+    Places of an axis `dilation` apart are an axis of their own, of length L. There, query i sees the `kernel` keys from
+    clamp(i - kernel // 2, 0, L - kernel) on, or, where causal, the keys from max(0, i - kernel + 1) to i.
+    """
+    seen = torch.ones(1, 1, dtype=torch.bool, device=device)
+    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for side, k, step, forward_only in zip(space, kernel, dilation, causal, strict=True):
+        place = torch.arange(side, device=device)
+        group, i = place % step, place // step
+        length = (side - group + step - 1) // step
+        last = i if forward_only else (i - k // 2).clamp(min=0).minimum(length - k) + k - 1
+        keep = (group[:, None] == group) & (i <= last[:, None]) & (i > last[:, None] - k)
+        row = (i - i[:, None] + k - 1).where(keep, 0)
+        seen = (seen[:, None, :, None] & keep[:, None, :]).flatten(2).flatten(0, 1)
+        index = (index[:, None, :, None] * (2 * k - 1) + row[:, None, :]).flatten(2).flatten(0, 1)
+    return seen, index
+
+
 def apply_rope(
     x: Tensor, cos: Tensor, sin: Tensor, *, positions=None, sections=None, interleaved=False, inverse=False
 ) -> Tensor:

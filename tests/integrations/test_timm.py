@@ -5,10 +5,9 @@ import importlib
 
 import pytest
 import torch
-from host_models import check_autocast, check_close, check_equal, check_life, disturb, prepare_timm, twins
+from host_models import check_autocast, check_close, check_equal, check_life, disturb, import_timm, twins
 
-prepare_timm()
-timm = pytest.importorskip("timm")
+timm = import_timm()
 
 from model_list import MODELS as MODELS_OF_THE_LIST  # noqa: E402
 from timm.layers import Attention, AttentionRope  # noqa: E402
