@@ -1,7 +1,7 @@
 """Whole models before and after `xformer_fast.patch`, beside the ceiling that Amdahl's law sets.
 
-    python -m benchmarks.models --out models.csv               # every case, float32 and bfloat16
-    python -m benchmarks.models --quick --out models.csv       # what `make bench` runs
+    python -m benchmarks.models --out benchmarks/results       # every case, about ten minutes of two cores
+    python -m benchmarks.models --quick                        # what `make bench` runs
     python -m benchmarks.models --case bert_512 --dtype float32 --mode fwd
 
 One model with random weights is run in turn, interleaved, as its host runs it in each of its own settings (eager,
@@ -67,8 +67,8 @@ class Case:
     hosts: tuple[str, ...] = ("sdpa",)
     library: str = "transformers"
     modes: tuple[str, ...] = MODES
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    quick: bool = False
+    dtypes: tuple[str, ...] = ("float32",)
+    parts: tuple[str, ...] = ("full",)  # of the benchmark that it belongs to
 
 
 # Cases
@@ -125,7 +125,6 @@ def timm_is_there() -> bool:
 _KEPT: list[torch.library.Library] = []  # a library's operators go with it
 
 _BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-_BERT = _BASE | {"vocab_size": 1000}
 _GPT2 = {"n_embd": 768, "n_head": 12, "vocab_size": 1000, "use_cache": False}
 _BLOOM = {"hidden_size": 1024, "n_head": 16, "vocab_size": 1000, "use_cache": False}
 _LLAMA = {
@@ -133,25 +132,35 @@ _LLAMA = {
     "vocab_size": 1000, "use_cache": False,
 }  # fmt: skip
 _T5 = {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 2048, "vocab_size": 1000, "dropout_rate": 0.0}
-_BOTH = ("sdpa", "eager")
+_HOSTS = ("sdpa", "eager")
+_TWO = ("float32", "bfloat16")
+_QUICK = {"dtypes": _TWO, "parts": ("quick",)}
+
+
+def _bert(layers: int, length: int = 512) -> Callable:
+    sizes = {"num_hidden_layers": layers, "max_position_embeddings": length}
+    return _hf("BertModel", _ids(1, length), **_BASE, **sizes, vocab_size=1000)
+
+
+def _gpt2(layers: int) -> Callable:
+    return _hf("GPT2Model", _ids(1, 1024), n_layer=layers, **_GPT2)
+
 
 CASES = (
-    Case("bert_512", _hf("BertModel", _ids(2, 512), num_hidden_layers=4, **_BERT), "2x512", "4 of 12", _BOTH),
-    Case("bert_512_2layers", _hf("BertModel", _ids(2, 512), num_hidden_layers=2, **_BERT), "2x512", "2 of 12",
-         quick=True),
-    Case("gpt2_1024", _hf("GPT2Model", _ids(1, 1024), n_layer=4, **_GPT2), "1x1024", "4 of 12", _BOTH),
-    Case("gpt2_1024_2layers", _hf("GPT2Model", _ids(1, 1024), n_layer=2, **_GPT2), "1x1024", "2 of 12", quick=True),
-    Case("llama_1024", _hf("LlamaModel", _ids(1, 1024), num_hidden_layers=4, **_LLAMA), "1x1024", "4 of 24"),
-    Case("t5_encoder_1024", _hf("T5EncoderModel", _ids(1, 1024), num_layers=4, **_T5), "1x1024", "4 of 12", _BOTH),
-    Case("vit_1024px", _hf("ViTModel", _pixels(1, 1024), num_hidden_layers=2, image_size=1024, **_BASE),
-         "1x3x1024x1024", "2 of 12"),
-    Case("bert_4096", _hf("BertModel", _ids(1, 4096), num_hidden_layers=2, max_position_embeddings=4096, **_BERT),
-         "1x4096", "2 of 12"),
-    Case("bloom_2048", _hf("BloomModel", _ids(1, 2048), n_layer=2, **_BLOOM), "1x2048", "2 of 24", ("own",)),
-    Case("swin_t_224", _timm("swin_tiny_patch4_window7_224", 4, 224), "4x3x224x224", "all", ("own", "fused"), "timm",
-         quick=True),
-    Case("swinv2_t_256", _timm("swinv2_tiny_window8_256", 2, 256), "2x3x256x256", "all", ("own",), "timm"),
+    Case("bert_512", _bert(2), "1x512", "2 of 12", _HOSTS, dtypes=_TWO),
+    Case("gpt2_1024", _gpt2(2), "1x1024", "2 of 12", _HOSTS, dtypes=_TWO),
+    Case("bert_512_1layer", _bert(1), "1x512", "1 of 12", **_QUICK),
+    Case("gpt2_1024_1layer", _gpt2(1), "1x1024", "1 of 12", **_QUICK),
+    Case("swin_t_224", _timm("swin_tiny_patch4_window7_224", 2, 224), "2x3x224x224", "all", ("own", "fused"), "timm",
+         parts=("quick", "full")),
+    Case("swinv2_t_256", _timm("swinv2_tiny_window8_256", 1, 256), "1x3x256x256", "all", ("own",), "timm"),
     Case("maxvit_t_224", _timm("maxvit_tiny_tf_224", 1, 224), "1x3x224x224", "all", ("own",), "timm"),
+    Case("t5_encoder_1024", _hf("T5EncoderModel", _ids(1, 1024), num_layers=1, **_T5), "1x1024", "1 of 12", _HOSTS),
+    Case("llama_1024", _hf("LlamaModel", _ids(1, 1024), num_hidden_layers=1, **_LLAMA), "1x1024", "1 of 24"),
+    Case("bloom_2048", _hf("BloomModel", _ids(1, 2048), n_layer=1, **_BLOOM), "1x2048", "1 of 24", ("own",)),
+    Case("vit_1024px", _hf("ViTModel", _pixels(1, 1024), num_hidden_layers=1, image_size=1024, **_BASE),
+         "1x3x1024x1024", "1 of 12"),
+    Case("bert_4096", _bert(1, 4096), "1x4096", "1 of 12"),
 )  # fmt: skip
 
 
@@ -358,7 +367,6 @@ class Bench:
             for name in rows:
                 if name != FLOOR:
                     with self.ways[name](), torch.set_grad_enabled(grad):
-                        call()
                         self.model.zero_grad(set_to_none=True)
                         rows[name]["peak_memory_mib"] = measure.peak_memory_mib(call, self.device)
         ways = {name: self.ways[name] for name in rows}
@@ -379,14 +387,15 @@ class Bench:
                 row |= {"ceiling": host / floor, "of_ceiling": floor / row["ms"]}
 
 
-def bench(cases, *, dtypes=("float32", "bfloat16"), modes=MODES, device="cpu", seconds=5.0, deadline=float("inf"),
+def bench(cases, *, dtypes=None, modes=MODES, device="cpu", seconds=5.0, deadline=float("inf"),
           backend=None, memory=True, on_rows=None, show=True) -> list[dict[str, Any]]:  # fmt: skip
-    """Every case in every dtype and mode; `on_rows` receives the rows of each as soon as they are there."""
+    """Every case in its dtypes, or in those given, and every mode; `on_rows` receives the rows of each of these as soon
+    as they are there."""
     facts = measure.machine_facts(device)
     rows, left_out = [], []
     for case in tqdm(cases, unit="model", disable=not show, mininterval=0.1 if sys.stderr.isatty() else 10):
         about = facts | {"library": case.library, "case": case.name, "input": case.input, "layers": case.layers}
-        wanted = [(d, m) for d in case.dtypes if d in dtypes for m in case.modes if m in modes]
+        wanted = [(dtype, mode) for dtype in dtypes or case.dtypes for mode in case.modes if mode in modes]
         if time.monotonic() > deadline:
             left_out.append(case.name)
             continue
@@ -467,7 +476,7 @@ def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def select(names: str | None = None, quick: bool = False) -> list[Case]:
-    cases = [case for case in CASES if case.quick == quick] if names is None else []
+    cases = [case for case in CASES if ("quick" if quick else "full") in case.parts] if names is None else []
     for name in names.split(",") if names else ():
         found = [case for case in CASES if case.name == name]
         if not found:
@@ -478,13 +487,13 @@ def select(names: str | None = None, quick: bool = False) -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three small models")
+    parser.add_argument("--quick", action="store_true", help="three small models, no memory")
     parser.add_argument("--case", default=None, metavar="NAME,...")
-    parser.add_argument("--dtype", type=listed(DTYPES), default=("float32", "bfloat16"), metavar="T,...")
+    parser.add_argument("--dtype", type=listed(DTYPES), default=None, metavar="T,...", help="default: as a case says")
     parser.add_argument("--mode", type=listed(MODES), default=MODES, metavar="fwd,both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default=None, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=None, help="timing per dtype and mode (default 10; --quick 2)")
+    parser.add_argument("--seconds", type=float, default=None, help="timing per dtype and mode (default 5; --quick 1)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="CSV|FOLDER")
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
@@ -496,12 +505,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     out = csv_path(args.out, "models", args.device) if args.out else None
-    seconds = args.seconds if args.seconds is not None else (2.0 if args.quick else 10.0)
+    seconds = args.seconds if args.seconds is not None else (1.0 if args.quick else 5.0)
     print(HEAD)
     with contextlib.closing(ModelsCsv(out, append=args.append)) if out else contextlib.nullcontext() as sink:
         rows = bench(
             cases, dtypes=args.dtype, modes=args.mode, device=args.device, seconds=seconds, backend=args.backend,
-            deadline=time.monotonic() + args.budget, on_rows=sink,
+            deadline=time.monotonic() + args.budget, memory=not args.quick, on_rows=sink,
         )  # fmt: skip
     return 1 if failures(rows) else 0
 
