@@ -18,6 +18,7 @@ from .window_tiles import (
     NUMBERS,
     Problem,
     bias_tile,
+    cosines,
     edges_of,
     inverse_norms,
     load_piece,
@@ -52,7 +53,8 @@ def window_forward_kernel(
         out_rows = rows_of(out, place, head, i, cut, WINDOW, GRID, WIDE)
         inverse_q = inverse_norms(query_rows, i, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
         inverse_k = inverse_norms(key_rows, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        s, _, _ = products(query_rows, key_rows, i, j, inverse_q, inverse_k, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
+        s, _, _ = products(query_rows, key_rows, i, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+        s = cosines(s, inverse_q, inverse_k, COSINE)
         s = scores(s, factor, added, i, j, edges_of(place, cut, WINDOW), cut, WINDOW)  # [BLOCK_M, BLOCK_N]
         weights = tl.exp2(s - tl.max(s, 1)[:, None])
         inverse = 1.0 / tl.sum(weights, 1)
@@ -88,7 +90,8 @@ def window_large_forward_kernel(
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
         value_rows = rows_of(value, place, head, j, cut, WINDOW, GRID, WIDE)
         inverse_k = inverse_norms(key_rows, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        s, _, _ = products(query_rows, key_rows, i, j, inverse_q, inverse_k, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
+        s, _, _ = products(query_rows, key_rows, i, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+        s = cosines(s, inverse_q, inverse_k, COSINE)
         s = scores(s, factor, bias_tile(bias, head, i, j, TOKENS, PADDED), i, j, edges, cut, WINDOW)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key of the query's region yet

@@ -24,10 +24,10 @@ from .window_tiles import (
     Problem,
     along_axis,
     bias_tile,
+    cosines,
     edges_of,
     inverse_norms,
     load_piece,
-    load_unit,
     next_place,
     place_of,
     products,
@@ -36,6 +36,7 @@ from .window_tiles import (
     scores,
     store_piece,
     through_norm,
+    unit,
     view,
 )
 
@@ -67,13 +68,12 @@ def window_backward_kernel(
         grad_out_rows = rows_of(grad_out, place, head, i, cut, WINDOW, GRID, WIDE)
         inverse_q = inverse_norms(query_rows, i, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
         inverse_k = inverse_norms(key_rows, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        product, query_piece, key_piece = products(
-            query_rows, key_rows, i, j, inverse_q, inverse_k, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE
-        )
+        s, query_piece, key_piece = products(query_rows, key_rows, i, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
         grad_weights, grad_out_piece, _ = products(
-            grad_out_rows, value_rows, i, j, 1.0, 1.0, TOKENS, PADDED, HEAD_DIM_V, BLOCK_DV, False
+            grad_out_rows, value_rows, i, j, TOKENS, PADDED, HEAD_DIM_V, BLOCK_DV
         )
-        s = scores(product, factor, added, i, j, edges_of(place, cut, WINDOW), cut, WINDOW)  # [BLOCK_M, BLOCK_N]
+        cosine = cosines(s, inverse_q, inverse_k, COSINE)
+        s = scores(cosine, factor, added, i, j, edges_of(place, cut, WINDOW), cut, WINDOW)  # [BLOCK_M, BLOCK_N]
         weights = tl.exp2(s - tl.max(s, 1)[:, None])
         weights *= (1.0 / tl.sum(weights, 1))[:, None]
         grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
@@ -82,10 +82,11 @@ def window_backward_kernel(
         radial_q = 0.0
         radial_k = 0.0
         if COSINE:
-            product *= grad_scores
-            radial_q = tl.sum(product, 1)
-            radial_k = tl.sum(product, 0)
+            cosine *= grad_scores
+            radial_q = tl.sum(cosine, 1)
             scale_sum += radial_q
+            if HEAD_DIM > BLOCK_D:
+                radial_k = tl.sum(cosine, 0)
 
         weights = weights.to(query_piece.dtype)
         grad_value_rows = rows_of(grad_value, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -98,12 +99,16 @@ def window_backward_kernel(
         grad_query_rows = rows_of(grad_query, place, head, i, cut, WINDOW, GRID, WIDE)
         grad_key_rows = rows_of(grad_key, place, head, j, cut, WINDOW, GRID, WIDE)
         for column in tl.static_range(0, HEAD_DIM, BLOCK_D):
-            if HEAD_DIM > BLOCK_D:
-                query_piece = load_unit(query_rows, i, inverse_q, column, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-                key_piece = load_unit(key_rows, j, inverse_k, column, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-            grad = through_norm(dot(grad_scores, key_piece), query_piece, inverse_q, radial_q, factor, COSINE)
+            if COSINE or HEAD_DIM > BLOCK_D:  # read again rather than held
+                query_piece = load_piece(query_rows, i, column, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+                key_piece = load_piece(key_rows, j, column, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+            unit_q, unit_k = unit(query_piece, inverse_q, COSINE), unit(key_piece, inverse_k, COSINE)
+            grad = through_norm(dot(grad_scores, unit_k), unit_q, inverse_q, radial_q, factor, COSINE)
             store_piece(grad_query_rows, i, column, grad, TOKENS, HEAD_DIM, BLOCK_D)
-            grad = through_norm(dot(tl.trans(grad_scores), query_piece), key_piece, inverse_k, radial_k, factor, COSINE)
+            grad = dot(tl.trans(grad_scores), unit_q)
+            if COSINE and HEAD_DIM <= BLOCK_D:
+                radial_k = tl.sum(grad * unit_k.to(tl.float32), 1)  # dearer as a sum over queries
+            grad = through_norm(grad, unit_k, inverse_k, radial_k, factor, COSINE)
             store_piece(grad_key_rows, j, column, grad, TOKENS, HEAD_DIM, BLOCK_D)
         place = next_place(place, cut, WINDOW)
     if bias_sums is not None:

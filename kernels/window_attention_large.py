@@ -17,10 +17,10 @@ from .window_tiles import (
     NUMBERS,
     Problem,
     bias_tile,
+    cosines,
     edges_of,
     inverse_norms,
     load_piece,
-    load_unit,
     next_place,
     place_of,
     products,
@@ -29,6 +29,7 @@ from .window_tiles import (
     scores,
     store_piece,
     through_norm,
+    unit,
 )
 
 
@@ -38,11 +39,12 @@ def _tile(
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """(scores, products of query and key, dO·Vᵀ) of a tile of a window."""
-    product, _, _ = products(query_rows, key_rows, i, j, inverse_q, inverse_k, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-    grad_weights, _, _ = products(grad_out_rows, value_rows, i, j, 1.0, 1.0, TOKENS, PADDED, HEAD_DIM_V, BLOCK_DV, False)
-    s = scores(product, factor, bias_tile(bias, head, i, j, TOKENS, PADDED), i, j, edges, cut, WINDOW)
-    return s, product, grad_weights
+    """(scores, cosines, dO·Vᵀ) of a tile of a window."""
+    cosine, _, _ = products(query_rows, key_rows, i, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+    cosine = cosines(cosine, inverse_q, inverse_k, COSINE)
+    grad_weights, _, _ = products(grad_out_rows, value_rows, i, j, TOKENS, PADDED, HEAD_DIM_V, BLOCK_DV)
+    s = scores(cosine, factor, bias_tile(bias, head, i, j, TOKENS, PADDED), i, j, edges, cut, WINDOW)
+    return s, cosine, grad_weights
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -97,20 +99,20 @@ def window_query_gradient_kernel(
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
         value_rows = rows_of(value, place, head, j, cut, WINDOW, GRID, WIDE)
         inverse_k = inverse_norms(key_rows, j, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        s, product, grad_weights = _tile(
+        s, cosine, grad_weights = _tile(
             grad_out_rows, query_rows, key_rows, value_rows, inverse_q, inverse_k, bias, factor, head, i, j, edges, cut,
             TOKENS, PADDED, WINDOW, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, COSINE,
         )  # fmt: skip
         grad_scores = tl.exp2(s - lse[:, None]) * (grad_weights - delta[:, None])
         if COSINE:
-            radial += tl.sum(grad_scores * product, 1)
-        tile = load_unit(key_rows, j, inverse_k, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        acc = dot(grad_scores.to(tile.dtype), tile, acc)
+            radial += tl.sum(grad_scores * cosine, 1)
+        tile = load_piece(key_rows, j, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+        acc = dot(grad_scores.to(tile.dtype), unit(tile, inverse_k, COSINE), acc)
     if scale_sums is not None:
         first_sum = (window.to(tl.int64) * tl.cdiv(TOKENS, BLOCK_M) + block) * heads
         tl.store(scale_sums + first_sum + head, tl.sum(radial), mask=piece == 0)
-    unit = load_unit(query_rows, i, inverse_q, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-    acc = through_norm(acc, unit, inverse_q, radial, factor, COSINE)
+    tile = load_piece(query_rows, i, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+    acc = through_norm(acc, unit(tile, inverse_q, COSINE), inverse_q, radial, factor, COSINE)
     store_piece(
         rows_of(grad, place, head, i, cut, WINDOW, GRID, WIDE), i, piece * BLOCK_D, acc, TOKENS, HEAD_DIM, BLOCK_D
     )
@@ -144,24 +146,24 @@ def window_key_gradient_kernel(
         query_rows = rows_of(query, place, head, i, cut, WINDOW, GRID, WIDE)
         grad_out_rows = rows_of(grad_out, place, head, i, cut, WINDOW, GRID, WIDE)
         inverse_q = inverse_norms(query_rows, i, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        s, product, grad_weights = _tile(
+        s, cosine, grad_weights = _tile(
             grad_out_rows, query_rows, key_rows, value_rows, inverse_q, inverse_k, bias, factor, head, i, j, edges, cut,
             TOKENS, PADDED, WINDOW, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, COSINE,
         )  # fmt: skip
         weights = tl.exp2(s - tl.load(statistics + i)[:, None])
         grad_scores = weights * (grad_weights - tl.load(statistics + PADDED + i)[:, None])
         if COSINE:
-            radial += tl.sum(grad_scores * product, 0)
+            radial += tl.sum(grad_scores * cosine, 0)
         tile = load_piece(grad_out_rows, i, piece * BLOCK_DV, TOKENS, PADDED, HEAD_DIM_V, BLOCK_DV)
         acc_v = dot(tl.trans(weights.to(tile.dtype)), tile, acc_v)
-        tile = load_unit(query_rows, i, inverse_q, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-        acc = dot(tl.trans(grad_scores.to(tile.dtype)), tile, acc)
+        tile = load_piece(query_rows, i, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+        acc = dot(tl.trans(grad_scores.to(tile.dtype)), unit(tile, inverse_q, COSINE), acc)
     store_piece(
         rows_of(grad_value, place, head, j, cut, WINDOW, GRID, WIDE), j, piece * BLOCK_DV, acc_v, TOKENS, HEAD_DIM_V,
         BLOCK_DV,
     )  # fmt: skip
-    unit = load_unit(key_rows, j, inverse_k, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D, COSINE)
-    acc = through_norm(acc, unit, inverse_k, radial, factor, COSINE)
+    tile = load_piece(key_rows, j, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
+    acc = through_norm(acc, unit(tile, inverse_k, COSINE), inverse_k, radial, factor, COSINE)
     store_piece(
         rows_of(grad_key, place, head, j, cut, WINDOW, GRID, WIDE), j, piece * BLOCK_D, acc, TOKENS, HEAD_DIM, BLOCK_D
     )

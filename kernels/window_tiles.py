@@ -3,7 +3,8 @@
 A window is known by its number, a token by its place inside the window, row-major. Cyclic shift, partition and reverse
 are the addresses of rows: a window's first row is a scalar, a token's distance from it does not depend on the window
 (the compiler takes it out of the loop over windows), and tokens past the wrap of an axis are one map's side back.
-Cosine attention multiplies rows that are divided by their norm as they are loaded.
+Cosine attention divides products of rows by their norms: in float32, where the gradient of the logit scale is one sum of
+many terms that cancel.
 
 Rows longer than `piece` channels are walked in pieces, so that no head dim needs a tile of its own.
 """
@@ -153,30 +154,35 @@ def inverse_norms(
 
 
 @triton.jit
-def load_unit(
-    rows, tokens, inverse, first_column, TOKENS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, COSINE: tl.constexpr,
+def products(
+    a_rows, b_rows, a_tokens, b_tokens, TOKENS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A·Bᵀ of rows, and the last pieces of A and B."""
+    result = tl.zeros([a_tokens.shape[0], b_tokens.shape[0]], tl.float32)
+    for first in tl.static_range(0, WIDTH, BLOCK):
+        a = load_piece(a_rows, a_tokens, first, TOKENS, PADDED, WIDTH, BLOCK)
+        b = load_piece(b_rows, b_tokens, first, TOKENS, PADDED, WIDTH, BLOCK)
+        result = dot(a, tl.trans(b), result)
+    return result, a, b
+
+
+@triton.jit
+def cosines(products, inverse_q, inverse_k, COSINE: tl.constexpr):
+    """The products themselves without COSINE."""
+    if COSINE:
+        return products * inverse_q[:, None] * inverse_k[None, :]
+    else:
+        return products
+
+
+@triton.jit
+def unit(piece, inverse, COSINE: tl.constexpr):
     """A piece of rows of unit length; without COSINE, of the rows as they are."""
-    piece = load_piece(rows, tokens, first_column, TOKENS, PADDED, WIDTH, BLOCK)
     if COSINE:
         return (piece.to(tl.float32) * inverse[:, None]).to(piece.dtype)
     else:
         return piece
-
-
-@triton.jit
-def products(
-    a_rows, b_rows, a_tokens, b_tokens, a_inverse, b_inverse, TOKENS: tl.constexpr, PADDED: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, COSINE: tl.constexpr,
-):  # fmt: skip
-    """A·Bᵀ of rows, or of unit rows, and the last pieces of A and B."""
-    result = tl.zeros([a_tokens.shape[0], b_tokens.shape[0]], tl.float32)
-    for first in tl.static_range(0, WIDTH, BLOCK):
-        a = load_unit(a_rows, a_tokens, a_inverse, first, TOKENS, PADDED, WIDTH, BLOCK, COSINE)
-        b = load_unit(b_rows, b_tokens, b_inverse, first, TOKENS, PADDED, WIDTH, BLOCK, COSINE)
-        result = dot(a, tl.trans(b), result)
-    return result, a, b
 
 
 @triton.jit
@@ -186,8 +192,9 @@ def through_norm(grad, unit, inverse, radial, factor, COSINE: tl.constexpr):
     |x| that is held at its least is no function of x: all passes.
     """
     if COSINE:
-        radial = tl.where(inverse * LEAST_NORM > 0.9999, 0.0, radial)
-        return (grad - unit.to(tl.float32) * radial[:, None]) * (factor * inverse)[:, None]
+        passes = tl.where(inverse * LEAST_NORM > 0.9999, 0.0, 1.0)
+        radial = radial[:, None] * passes[:, None]
+        return (grad - unit.to(tl.float32) * radial) * (factor * inverse)[:, None]
     else:
         return grad * factor
 
@@ -214,9 +221,9 @@ def bias_tile(bias, head, tokens_q, tokens_k, TOKENS: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
-def scores(products, scale, bias, tokens_q, tokens_k, edges, cut, WINDOW: tl.constexpr):
+def scores(cosines, scale, bias, tokens_q, tokens_k, edges, cut, WINDOW: tl.constexpr):
     """In units of log2, -inf where a query does not see a key."""
-    s = products * (scale * LOG2E) + bias
+    s = cosines * (scale * LOG2E) + bias
     if cut.shift is not None:
         region_q = regions(tokens_q, edges, cut, WINDOW)
         region_k = regions(tokens_k, edges, cut, WINDOW)
