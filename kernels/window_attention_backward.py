@@ -46,7 +46,7 @@ LEAST_SHARE = 4  # windows of a program whose sum of dS is written: what it read
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_backward_kernel(
-    grad_out, query, key, value, grad_query, grad_key, grad_value, bias, logit_scale, bias_sums, scale_sums, cut, heads,
+    grad_out, query, key, value, grad_query, grad_key, grad_value, bias, logit_scale, bias_sums, radials, cut, heads,
     share, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -59,9 +59,8 @@ def window_backward_kernel(
     added = bias_tile(bias, head, i, j, TOKENS, PADDED)
     factor = scale_of(scale, logit_scale, head)
     bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    scale_sum = tl.zeros([BLOCK_M], tl.float32)
     place = place_of(first, cut, WINDOW)
-    for _ in range(first, tl.minimum(first + share, cut.total)):
+    for window in range(first, tl.minimum(first + share, cut.total)):
         query_rows = rows_of(query, place, head, i, cut, WINDOW, GRID, WIDE)
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
         value_rows = rows_of(value, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -76,17 +75,19 @@ def window_backward_kernel(
         s = scores(cosine, factor, added, i, j, edges_of(place, cut, WINDOW), cut, WINDOW)  # [BLOCK_M, BLOCK_N]
         weights = tl.exp2(s - tl.max(s, 1)[:, None])
         weights *= (1.0 / tl.sum(weights, 1))[:, None]
-        grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
-        if bias_sums is not None:
-            bias_sum += grad_scores
         radial_q = 0.0
         radial_k = 0.0
+        grad_scores = weights * grad_weights
+        delta = tl.sum(grad_scores, 1)
         if COSINE:
-            cosine *= grad_scores
-            radial_q = tl.sum(cosine, 1)
-            scale_sum += radial_q
-            if HEAD_DIM > BLOCK_D:
-                radial_k = tl.sum(cosine, 0)
+            radial_q = tl.sum(grad_scores * cosine, 1) - delta * tl.sum(weights * cosine, 1)
+            if radials is not None:
+                tl.store(radials + (tl.cast(window, tl.int64) * heads + head) * PADDED + i, radial_q)
+        grad_scores -= weights * delta[:, None]
+        if bias_sums is not None:
+            bias_sum += grad_scores
+        if COSINE and HEAD_DIM > BLOCK_D:
+            radial_k = tl.sum(grad_scores * cosine, 0)
 
         weights = weights.to(query_piece.dtype)
         grad_value_rows = rows_of(grad_value, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -114,8 +115,6 @@ def window_backward_kernel(
     if bias_sums is not None:
         first_sum = bias_sums + (chunk * heads + head).to(tl.int64) * (PADDED * PADDED)
         tl.store(first_sum + i[:, None] * PADDED + j[None, :], bias_sum)
-    if scale_sums is not None:
-        tl.store(scale_sums + chunk * heads + head, tl.sum(scale_sum))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -160,9 +159,9 @@ def backward(
     maps = [view(t) for t in (grad_out, query, key, value, *grads)]
     with launch_context(query):
         if problem.large:
-            dense, scale_sums = large_backward(problem, maps, need_table or need_bias, need_scale)
+            dense, radials = large_backward(problem, maps, need_table or need_bias, need_scale)
         else:
-            dense, scale_sums = whole_backward(problem, maps, need_table or need_bias, need_scale)
+            dense, radials = whole_backward(problem, maps, need_table or need_bias, need_scale)
         if need_table:
             rows, block = table.shape[0], min(problem.padded, MOST)
             window_table_gradient_kernel[(triton.cdiv(rows, TABLE_ROWS) * problem.heads,)](
@@ -172,20 +171,22 @@ def backward(
     if need_bias:
         learned[1] = dense[:, : problem.tokens, : problem.tokens].contiguous()
     if need_scale:
-        learned[2] = scale_sums
+        learned[2] = radials[..., : problem.tokens].sum((0, 2))
     return *grads, *learned
 
 
 def whole_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
-    """Fills the gradients; returns dS and dS * cos summed over windows, (H, padded, padded) and (H,), or None."""
+    """Fills the gradients; returns (H, padded, padded) dS summed over windows and rowsum(dS * cos), or None."""
     tile = problem.tile("backward")
+    if problem.logit_scale is not None:  # holds the cosines too: rows fetched ahead would spill
+        tile = tile._replace(num_stages=1)
     share = problem.share(LEAST_SHARE if need_dense else 1)
     chunks, heads, padded = triton.cdiv(problem.windows, share), problem.heads, problem.padded
     new = maps[0].ptr.new_empty
     bias_sums = new((chunks, heads, padded, padded), dtype=torch.float32) if need_dense else None
-    scale_sums = new((chunks, heads), dtype=torch.float32) if need_scale else None
+    radials = problem.radials() if need_scale else None
     window_backward_kernel[(chunks * heads,)](
-        *maps, problem.dense_bias(), problem.logit_scale, bias_sums, scale_sums, problem.cut, heads, share,
+        *maps, problem.dense_bias(), problem.logit_scale, bias_sums, radials, problem.cut, heads, share,
         problem.scale, **problem.constants(tile, *maps),
     )  # fmt: skip
-    return tuple(None if sums is None else sums.sum(0) for sums in (bias_sums, scale_sums))
+    return None if bias_sums is None else bias_sums.sum(0), radials

@@ -49,7 +49,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_query_gradient_kernel(
-    grad_out, query, key, value, grad, bias, logit_scale, statistics, scale_sums, cut, heads, scale,
+    grad_out, query, key, value, grad, bias, logit_scale, statistics, radials, cut, heads, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -108,9 +108,8 @@ def window_query_gradient_kernel(
             radial += tl.sum(grad_scores * cosine, 1)
         tile = load_piece(key_rows, j, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
         acc = dot(grad_scores.to(tile.dtype), unit(tile, inverse_k, COSINE), acc)
-    if scale_sums is not None:
-        first_sum = (window.to(tl.int64) * tl.cdiv(TOKENS, BLOCK_M) + block) * heads
-        tl.store(scale_sums + first_sum + head, tl.sum(radial), mask=piece == 0)
+    if radials is not None:
+        tl.store(radials + (window.to(tl.int64) * heads + head) * PADDED + i, radial, mask=piece == 0)
     tile = load_piece(query_rows, i, piece * BLOCK_D, TOKENS, PADDED, HEAD_DIM, BLOCK_D)
     acc = through_norm(acc, unit(tile, inverse_q, COSINE), inverse_q, radial, factor, COSINE)
     store_piece(
@@ -204,7 +203,7 @@ def window_bias_gradient_kernel(
 
 
 def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
-    """Fills the gradients; returns dS and dS * cos summed over windows, (H, padded, padded) and (H,), or None."""
+    """Fills the gradients; returns (H, padded, padded) dS summed over windows and rowsum(dS * cos), or None."""
     inputs, (grad_query, grad_key, grad_value) = maps[:4], maps[4:]
     heads, windows, padded = problem.heads, problem.windows, problem.padded
     bias, new = problem.dense_bias(), inputs[0].ptr.new_empty
@@ -213,9 +212,9 @@ def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
     tile = problem.tile("grad_query")
     constants, blocks = problem.constants(tile, *maps), triton.cdiv(problem.tokens, tile.block_m)
     pieces = triton.cdiv(problem.dim, constants["BLOCK_D"])
-    scale_sums = new((windows * blocks, heads), dtype=torch.float32) if need_scale else None
+    radials = problem.radials() if need_scale else None
     window_query_gradient_kernel[(windows * pieces * blocks * heads,)](
-        *inputs, grad_query, bias, problem.logit_scale, statistics, scale_sums, problem.cut, heads, problem.scale,
+        *inputs, grad_query, bias, problem.logit_scale, statistics, radials, problem.cut, heads, problem.scale,
         **constants,
     )  # fmt: skip
 
@@ -238,4 +237,4 @@ def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
             *inputs, bias, problem.logit_scale, statistics, sums, problem.cut, heads, share, problem.scale,
             **problem.constants(tile, *maps),
         )  # fmt: skip
-    return tuple(None if s is None else s.sum(0) for s in (sums, scale_sums))
+    return None if sums is None else sums.sum(0), radials

@@ -1,12 +1,24 @@
 """What the kernels of windowed attention share: where a window's rows are, products of rows, scores, tile sizes.
 
-A window is known by its number, a token by its place inside the window, row-major. Cyclic shift, partition and reverse
-are the addresses of rows: a window's first row is a scalar, a token's distance from it does not depend on the window
-(the compiler takes it out of the loop over windows), and tokens past the wrap of an axis are one map's side back.
-Cosine attention divides products of rows by their norms: in float32, where the gradient of the logit scale is one sum of
-many terms that cancel.
+A window is known by its number, a token by its place inside the window, row-major; cyclic shift, partition and reverse
+are the addresses of rows. Rows longer than a piece are walked in pieces, so that no head dim needs a tile of its own.
+Cosine attention divides products of rows by the rows' norms, in float32: the gradient of the logit scale sums many terms
+that cancel.
 
-Rows longer than `piece` channels are walked in pieces, so that no head dim needs a tile of its own.
+NOTES
+  - 49 tokens pad to 64. A matrix instruction takes 16 rows by 8 columns, 16 deep: 49 queries are four steps of 16 however
+    they lie, and 49 keys seven of 8, so the tile of 64 x 64 computes 8/7 of what the instructions could. To pack windows
+    into a tile gains nothing: a step of 16 queries that spans two windows multiplies the keys of both (128 rows of a
+    2 x 2 block of windows with a block-diagonal mask: twice the work), and the 49th query alone in vector form costs more
+    than its step. What padding does cost hides behind memory: rows past the window are not read, the bias stays in
+    registers over a run of windows, and the rows of the next window travel while this one is computed. Windows of at
+    most 16 or 32 tokens have tiles and programs of that size.
+  - Instructions a thread for a window of 49, D 32, sm_90, counted in the machine code: forward 423, shifted 528; backward
+    750 and 870. Row addresses are 32-bit inside a map (64-bit between maps, and where a map needs it), and a run's next
+    window is found by carrying, since a division a window and 64-bit products were more than half of the forward.
+  - Products that feed products: Triton lays them out along rows alone, 16 to a warp, and more warps repeat each other's
+    work. A warp for every 16 queries, then; what does not fit its registers (float32, backward) takes smaller tiles.
+No GPU has run or timed any of it.
 """
 
 import math
@@ -266,8 +278,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, tokens up to) -> tile, for 16-bit inputs; 0: windows of more tokens. A warp for every 16 queries: Triton lays
-# products that feed other products out along their rows alone, and more warps would repeat each other's work.
+# (kernel, tokens up to) -> tile, for 16-bit inputs; 0: windows of more tokens.
 TILES = {
     ("forward", 16): Tile(16, 16, 64, 1, 3),
     ("forward", 32): Tile(32, 32, 64, 2, 3),
@@ -284,7 +295,7 @@ TILES = {
 FLOAT32_TILES = {
     ("forward", 16): Tile(16, 16, 32, 1, 2),
     ("forward", 32): Tile(32, 32, 32, 2, 2),
-    ("forward", 64): Tile(64, 64, 32, 4, 2),
+    ("forward", 64): Tile(64, 64, 32, 4, 1),
     ("forward", 0): Tile(32, 32, 32, 2, 2),
     ("backward", 16): Tile(16, 16, 32, 1, 1),
     ("backward", 32): Tile(32, 32, 32, 2, 1),
@@ -323,6 +334,10 @@ class Problem:
             BLOCK=block,
         )  # fmt: skip
         return out
+
+    def radials(self):
+        """(windows, H, padded): what of each query's gradient lies along it, before the logit scale."""
+        return self.query.new_empty((self.windows, self.heads, self.padded), dtype=torch.float32)
 
     def share(self, least: int, tiles: int = 1) -> int:
         """Windows of a program that takes one of `tiles` tiles of several."""
