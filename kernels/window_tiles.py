@@ -2,23 +2,23 @@
 
 A window is known by its number, a token by its place inside the window, row-major; cyclic shift, partition and reverse
 are the addresses of rows. Rows longer than a piece are walked in pieces, so that no head dim needs a tile of its own.
-Cosine attention divides products of rows by the rows' norms, in float32: the gradient of the logit scale sums many terms
-that cancel.
+Cosine attention divides products of rows by the rows' norms, in float32: the gradient of the logit scale is a sum of
+many terms that cancel.
 
 NOTES
-  - 49 tokens pad to 64. A matrix instruction takes 16 rows by 8 columns, 16 deep: 49 queries are four steps of 16 however
-    they lie, and 49 keys seven of 8, so the tile of 64 x 64 computes 8/7 of what the instructions could. To pack windows
-    into a tile gains nothing: a step of 16 queries that spans two windows multiplies the keys of both (128 rows of a
-    2 x 2 block of windows with a block-diagonal mask: twice the work), and the 49th query alone in vector form costs more
-    than its step. What padding does cost hides behind memory: rows past the window are not read, the bias stays in
-    registers over a run of windows, and the rows of the next window travel while this one is computed. Windows of at
-    most 16 or 32 tokens have tiles and programs of that size.
-  - Instructions a thread for a window of 49, D 32, sm_90, counted in the machine code: forward 423, shifted 528; backward
-    750 and 870. Row addresses are 32-bit inside a map (64-bit between maps, and where a map needs it), and a run's next
-    window is found by carrying, since a division a window and 64-bit products were more than half of the forward.
-  - Products that feed products: Triton lays them out along rows alone, 16 to a warp, and more warps repeat each other's
+  - 49 tokens pad to 64. A matrix instruction takes 16 rows by 8 columns, 16 deep: 49 queries are four steps of 16
+    however they lie and 49 keys seven of 8, so that a tile of 64 x 64 computes 8/7 of what the instructions have to.
+    Packing windows into a tile gains nothing: a step of 16 queries that spans two windows multiplies the keys of both
+    (two windows on the diagonal of 128 x 128 are twice the work), and the 49th query alone, in vector form, costs more
+    than its step. What padding costs hides behind memory: rows past the window are not read, a program takes a run of
+    windows, for which the bias stays in registers, and the rows of the next window travel while this one is computed.
+    Windows of at most 16 or 32 tokens have tiles and programs of that size.
+  - Instructions a thread and window (49 tokens, D 32, bfloat16, sm_90, counted in the machine code): forward 423,
+    shifted 528; backward 792 and 906. Rows have 32-bit addresses inside a map (64-bit between maps, and where a map is
+    that large) and the next window of a run is found by carrying: divisions and 64-bit products were half of it.
+  - Triton lays products that feed other products out along rows alone, 16 to a warp, and more warps repeat each other's
     work. A warp for every 16 queries, then; what does not fit its registers (float32, backward) takes smaller tiles.
-No GPU has run or timed any of it.
+No GPU has run or timed any of it. Past 32 channels the backward spills a few registers.
 """
 
 import math
@@ -278,30 +278,39 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, tokens up to) -> tile, for 16-bit inputs; 0: windows of more tokens.
+# (kernel, tokens up to, larger head dim up to) -> tile, for 16-bit inputs; 0 tokens: larger windows than the others.
 TILES = {
-    ("forward", 16): Tile(16, 16, 64, 1, 3),
-    ("forward", 32): Tile(32, 32, 64, 2, 3),
-    ("forward", 64): Tile(64, 64, 64, 4, 2),
-    ("forward", 0): Tile(64, 64, 64, 4, 2),
-    ("backward", 16): Tile(16, 16, 64, 1, 2),
-    ("backward", 32): Tile(32, 32, 64, 2, 2),
-    ("backward", 64): Tile(64, 64, 64, 4, 2),
-    ("grad_query", 0): Tile(64, 64, 64, 4, 2),
-    ("grad_key", 0): Tile(64, 64, 64, 4, 2),
-    ("grad_bias", 0): Tile(64, 64, 64, 4, 1),
+    ("forward", 16, 64): Tile(16, 16, 64, 1, 3),
+    ("forward", 16, 256): Tile(16, 16, 64, 1, 1),
+    ("forward", 32, 64): Tile(32, 32, 64, 2, 3),
+    ("forward", 32, 256): Tile(32, 32, 64, 2, 1),
+    ("forward", 64, 64): Tile(64, 64, 64, 4, 2),
+    ("forward", 64, 256): Tile(64, 64, 64, 4, 1),
+    ("forward", 0, 64): Tile(64, 64, 64, 4, 2),
+    ("forward", 0, 256): Tile(64, 64, 64, 4, 1),
+    ("backward", 16, 64): Tile(16, 16, 64, 1, 2),
+    ("backward", 16, 256): Tile(16, 16, 64, 1, 1),
+    ("backward", 32, 64): Tile(32, 32, 64, 2, 2),
+    ("backward", 32, 256): Tile(32, 32, 64, 2, 1),
+    ("backward", 64, 32): Tile(64, 64, 32, 4, 2),
+    ("backward", 64, 256): Tile(64, 64, 64, 4, 1),
+    ("grad_query", 0, 64): Tile(64, 64, 64, 4, 2),
+    ("grad_query", 0, 256): Tile(64, 64, 64, 4, 1),
+    ("grad_key", 0, 64): Tile(64, 64, 64, 4, 2),
+    ("grad_key", 0, 256): Tile(64, 64, 64, 4, 1),
+    ("grad_bias", 0, 256): Tile(64, 64, 64, 4, 1),
 }
 # The same for float32 inputs.
 FLOAT32_TILES = {
-    ("forward", 16): Tile(16, 16, 32, 1, 2),
-    ("forward", 32): Tile(32, 32, 32, 2, 2),
-    ("forward", 64): Tile(64, 64, 32, 4, 1),
-    ("forward", 0): Tile(32, 32, 32, 2, 2),
-    ("backward", 16): Tile(16, 16, 32, 1, 1),
-    ("backward", 32): Tile(32, 32, 32, 2, 1),
-    ("grad_query", 0): Tile(32, 32, 32, 2, 1),
-    ("grad_key", 0): Tile(32, 32, 32, 2, 1),
-    ("grad_bias", 0): Tile(32, 32, 32, 2, 1),
+    ("forward", 16, 256): Tile(16, 16, 32, 1, 1),
+    ("forward", 32, 256): Tile(32, 32, 32, 2, 1),
+    ("forward", 64, 256): Tile(64, 64, 32, 4, 1),
+    ("forward", 0, 256): Tile(32, 32, 32, 2, 1),
+    ("backward", 16, 256): Tile(16, 16, 32, 1, 1),
+    ("backward", 32, 256): Tile(32, 32, 32, 2, 1),
+    ("grad_query", 0, 256): Tile(32, 32, 32, 2, 1),
+    ("grad_key", 0, 256): Tile(32, 32, 32, 2, 1),
+    ("grad_bias", 0, 256): Tile(32, 32, 32, 2, 1),
 }
 PROGRAMS = 2048  # aimed at, where several windows are a program's share: a few waves of any GPU
 
@@ -317,11 +326,13 @@ class Problem:
         self.cut = Cut(counts, tuple(shift) if any(shift) else None, self.windows)
         self.grid, self.scale, self.logit_scale, self.table, self.bias = grid, scale, logit_scale, table, bias
         self.tiles = FLOAT32_TILES if query.dtype == torch.float32 else TILES
-        held = sorted(n for name, n in self.tiles if name == kernel and n >= self.tokens)
+        held = sorted(n for name, n, _ in self.tiles if name == kernel and n >= self.tokens)
         self.large, self.padded = not held, held[0] if held else triton.cdiv(self.tokens, MOST) * MOST
 
     def tile(self, kernel: str) -> Tile:
-        return self.tiles[kernel, 0 if self.large else self.padded]
+        tokens, dim = 0 if self.large else self.padded, max(self.dim, self.dim_v)
+        most = min(d for name, n, d in self.tiles if (name, n) == (kernel, tokens) and d >= dim)
+        return self.tiles[kernel, tokens, most]
 
     def dense_bias(self):
         """(H, padded, padded) in units of log2, or None."""
