@@ -16,6 +16,7 @@ from ..ops.window_operator import in_order_of
 from .common import dot, launch_context
 from .window_tiles import (
     NUMBERS,
+    Cut,
     Problem,
     bias_tile,
     cosines,
@@ -35,18 +36,20 @@ from .window_tiles import (
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_forward_kernel(
-    query, key, value, out, bias, logit_scale, cut, heads, share, scale,
+    query, key, value, out, bias, logit_scale, count0, count1, count2, shift0, shift1, shift2, total, heads, share,
+    scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     head, first = tl.program_id(0) % heads, tl.program_id(0) // heads * share
     i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     added = bias_tile(bias, head, i, j, TOKENS, PADDED)
     factor = scale_of(scale, logit_scale, head)
     place = place_of(first, cut, WINDOW)
-    for _ in range(first, tl.minimum(first + share, cut.total)):
+    for _ in range(first, tl.minimum(first + share, total)):
         query_rows = rows_of(query, place, head, i, cut, WINDOW, GRID, WIDE)
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
         value_rows = rows_of(value, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -67,12 +70,13 @@ def window_forward_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_large_forward_kernel(
-    query, key, value, out, bias, logit_scale, cut, heads, scale,
+    query, key, value, out, bias, logit_scale, count0, count1, count2, shift0, shift1, shift2, heads, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
     i = rest % tl.cdiv(TOKENS, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     rest = rest // tl.cdiv(TOKENS, BLOCK_M)
@@ -114,12 +118,16 @@ def forward(query, key, value, table, bias, logit_scale, window, shift, grid, sc
     tile, maps = problem.tile("forward"), [view(t) for t in (query, key, value, out)]
     constants = problem.constants(tile, *maps)
     with launch_context(query):
-        arguments = *maps, problem.dense_bias(), logit_scale, problem.cut, problem.heads
+        arguments = *maps, problem.dense_bias(), logit_scale, *problem.cut
         if problem.large:
             blocks = triton.cdiv(problem.tokens, tile.block_m) * triton.cdiv(problem.dim_v, constants["BLOCK_DV"])
-            window_large_forward_kernel[(problem.windows * blocks * problem.heads,)](*arguments, scale, **constants)
+            window_large_forward_kernel[(problem.windows * blocks * problem.heads,)](
+                *arguments, problem.heads, scale, **constants
+            )  # fmt: skip
         else:
             share = problem.share(1)
             programs = triton.cdiv(problem.windows, share) * problem.heads
-            window_forward_kernel[(programs,)](*arguments, share, scale, **constants)
+            window_forward_kernel[(programs,)](
+                *arguments, problem.windows, problem.heads, share, scale, **constants
+            )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from .window_attention_large import large_backward
 from .window_tiles import (
     MOST,
     NUMBERS,
+    Cut,
     Problem,
     along_axis,
     bias_tile,
@@ -46,13 +47,14 @@ LEAST_SHARE = 4  # windows of a program whose sum of dS is written: what it read
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_backward_kernel(
-    grad_out, query, key, value, grad_query, grad_key, grad_value, bias, logit_scale, bias_sums, radials, cut, heads,
-    share, scale,
+    grad_out, query, key, value, grad_query, grad_key, grad_value, bias, logit_scale, bias_sums, radials, count0,
+    count1, count2, shift0, shift1, shift2, total, heads, share, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     head, chunk = tl.program_id(0) % heads, tl.program_id(0) // heads
     first = chunk * share
     i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -60,7 +62,7 @@ def window_backward_kernel(
     factor = scale_of(scale, logit_scale, head)
     bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     place = place_of(first, cut, WINDOW)
-    for window in range(first, tl.minimum(first + share, cut.total)):
+    for window in range(first, tl.minimum(first + share, total)):
         query_rows = rows_of(query, place, head, i, cut, WINDOW, GRID, WIDE)
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
         value_rows = rows_of(value, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -186,7 +188,7 @@ def whole_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
     bias_sums = new((chunks, heads, padded, padded), dtype=torch.float32) if need_dense else None
     radials = problem.radials() if need_scale else None
     window_backward_kernel[(chunks * heads,)](
-        *maps, problem.dense_bias(), problem.logit_scale, bias_sums, radials, problem.cut, heads, share,
-        problem.scale, **problem.constants(tile, *maps),
+        *maps, problem.dense_bias(), problem.logit_scale, bias_sums, radials, *problem.cut,
+        problem.windows, heads, share, problem.scale, **problem.constants(tile, *maps),
     )  # fmt: skip
     return None if bias_sums is None else bias_sums.sum(0), radials

@@ -15,6 +15,7 @@ import triton.language as tl
 from .common import dot
 from .window_tiles import (
     NUMBERS,
+    Cut,
     Problem,
     bias_tile,
     cosines,
@@ -49,12 +50,14 @@ def _tile(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_query_gradient_kernel(
-    grad_out, query, key, value, grad, bias, logit_scale, statistics, radials, cut, heads, scale,
+    grad_out, query, key, value, grad, bias, logit_scale, statistics, radials, count0, count1, count2, shift0, shift1,
+    shift2, heads, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
     block, rest = rest % tl.cdiv(TOKENS, BLOCK_M), rest // tl.cdiv(TOKENS, BLOCK_M)
     piece, window = rest % tl.cdiv(HEAD_DIM, BLOCK_D), rest // tl.cdiv(HEAD_DIM, BLOCK_D)
@@ -119,12 +122,14 @@ def window_query_gradient_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_key_gradient_kernel(
-    grad_out, query, key, value, grad_key, grad_value, bias, logit_scale, statistics, cut, heads, scale,
+    grad_out, query, key, value, grad_key, grad_value, bias, logit_scale, statistics, count0, count1, count2, shift0,
+    shift1, shift2, heads, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     PIECES: tl.constexpr = max(tl.cdiv(HEAD_DIM, BLOCK_D), tl.cdiv(HEAD_DIM_V, BLOCK_DV))
     head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
     block, rest = rest % tl.cdiv(TOKENS, BLOCK_N), rest // tl.cdiv(TOKENS, BLOCK_N)
@@ -170,12 +175,14 @@ def window_key_gradient_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def window_bias_gradient_kernel(
-    grad_out, query, key, value, bias, logit_scale, statistics, sums, cut, heads, share, scale,
+    grad_out, query, key, value, bias, logit_scale, statistics, sums, count0, count1, count2, shift0, shift1, shift2,
+    total, heads, share, scale,
     TOKENS: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     COSINE: tl.constexpr = logit_scale is not None
+    cut = Cut((count0, count1, count2), (shift0, shift1, shift2))
     head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
     block_n, rest = rest % (PADDED // BLOCK_N), rest // (PADDED // BLOCK_N)
     block_m, chunk = rest % (PADDED // BLOCK_M), rest // (PADDED // BLOCK_M)
@@ -183,7 +190,7 @@ def window_bias_gradient_kernel(
     factor = scale_of(scale, logit_scale, head)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     place = place_of(chunk * share, cut, WINDOW)
-    for window in range(chunk * share, tl.minimum((chunk + 1) * share, cut.total)):
+    for window in range(chunk * share, tl.minimum((chunk + 1) * share, total)):
         grad_out_rows = rows_of(grad_out, place, head, i, cut, WINDOW, GRID, WIDE)
         query_rows = rows_of(query, place, head, i, cut, WINDOW, GRID, WIDE)
         key_rows = rows_of(key, place, head, j, cut, WINDOW, GRID, WIDE)
@@ -214,7 +221,7 @@ def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
     pieces = triton.cdiv(problem.dim, constants["BLOCK_D"])
     radials = problem.radials() if need_scale else None
     window_query_gradient_kernel[(windows * pieces * blocks * heads,)](
-        *inputs, grad_query, bias, problem.logit_scale, statistics, radials, problem.cut, heads, problem.scale,
+        *inputs, grad_query, bias, problem.logit_scale, statistics, radials, *problem.cut, heads, problem.scale,
         **constants,
     )  # fmt: skip
 
@@ -222,7 +229,7 @@ def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
     constants, blocks = problem.constants(tile, *maps), triton.cdiv(problem.tokens, tile.block_n)
     pieces = max(triton.cdiv(problem.dim, constants["BLOCK_D"]), triton.cdiv(problem.dim_v, constants["BLOCK_DV"]))
     window_key_gradient_kernel[(windows * pieces * blocks * heads,)](
-        *inputs, grad_key, grad_value, bias, problem.logit_scale, statistics, problem.cut, heads, problem.scale,
+        *inputs, grad_key, grad_value, bias, problem.logit_scale, statistics, *problem.cut, heads, problem.scale,
         **constants,
     )  # fmt: skip
 
@@ -234,7 +241,7 @@ def large_backward(problem: Problem, maps, need_dense: bool, need_scale: bool):
         chunks = triton.cdiv(windows, share)
         sums = new((chunks, heads, padded, padded), dtype=torch.float32)
         window_bias_gradient_kernel[(chunks * tiles * heads,)](
-            *inputs, bias, problem.logit_scale, statistics, sums, problem.cut, heads, share, problem.scale,
+            *inputs, bias, problem.logit_scale, statistics, sums, *problem.cut, windows, heads, share, problem.scale,
             **problem.constants(tile, *maps),
         )  # fmt: skip
     return None if sums is None else sums.sum(0), radials

@@ -32,7 +32,8 @@ from .common import LOG2E, block_width, dot
 
 LEAST_NORM = tl.constexpr(1e-12)
 MOST = 64  # queries or keys of a tile
-NUMBERS = ["cut", "heads", "share"]  # never specialised on: another map compiles nothing
+# Never specialised on: another map compiles nothing. Triton does that to numbers alone, not inside a tuple.
+NUMBERS = ["count0", "count1", "count2", "shift0", "shift1", "shift2", "total", "heads", "share"]
 
 
 class Map(NamedTuple):
@@ -43,11 +44,10 @@ class Map(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a batch of maps is cut into windows."""
+    """How maps are cut into windows, three axes, of which as many count as WINDOW has."""
 
     counts: Any  # windows of a map along each axis
-    shift: Any
-    total: Any  # windows of the batch
+    shift: Any  # along each axis; None where nothing is shifted
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def next_place(place, cut, WINDOW: tl.constexpr):
 def edges_of(place, cut, WINDOW: tl.constexpr):
     """Bit x: the window holds the wrap of axis x."""
     edges = 0
-    if cut.shift is not None:
+    if cut.shift[0] is not None:
         for x in tl.static_range(len(WINDOW)):
             last = place[1][x] == cut.counts[x] - 1
             edges += tl.where(last & (cut.shift[x] > 0), 1 << x, 0)
@@ -116,7 +116,7 @@ def rows_of(tensor, place, head, tokens, cut, WINDOW: tl.constexpr, GRID: tl.con
             place_x = place_x * cut.counts[x] + index[x]
         else:
             place_x += index[x] * WINDOW[x]
-        if cut.shift is not None:
+        if cut.shift[0] is not None:
             place_x += cut.shift[x]
             side = cut.counts[x] * WINDOW[x]
             place_x -= tl.where(place_x >= side, side, 0)
@@ -236,7 +236,7 @@ def bias_tile(bias, head, tokens_q, tokens_k, TOKENS: tl.constexpr, PADDED: tl.c
 def scores(cosines, scale, bias, tokens_q, tokens_k, edges, cut, WINDOW: tl.constexpr):
     """In units of log2, -inf where a query does not see a key."""
     s = cosines * (scale * LOG2E) + bias
-    if cut.shift is not None:
+    if cut.shift[0] is not None:
         region_q = regions(tokens_q, edges, cut, WINDOW)
         region_k = regions(tokens_k, edges, cut, WINDOW)
         s = tl.where(region_q[:, None] == region_k[None, :], s, float("-inf"))
@@ -323,7 +323,8 @@ class Problem:
         self.window, self.tokens = tuple(window), math.prod(window)
         counts = tuple(side // w for side, w in zip(query.shape[1:-2], window, strict=True))
         self.windows = query.shape[0] * math.prod(counts)
-        self.cut = Cut(counts, tuple(shift) if any(shift) else None, self.windows)
+        absent = (1,) * (3 - len(window))
+        self.cut = (*counts, *absent, *((*shift, *absent) if any(shift) else (None,) * 3))
         self.grid, self.scale, self.logit_scale, self.table, self.bias = grid, scale, logit_scale, table, bias
         self.tiles = FLOAT32_TILES if query.dtype == torch.float32 else TILES
         held = sorted(n for name, n, _ in self.tiles if name == kernel and n >= self.tokens)
