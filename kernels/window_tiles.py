@@ -294,7 +294,7 @@ TILES = {
     ("backward", 32, 256): Tile(32, 32, 64, 2, 1),
     ("backward", 64, 32): Tile(64, 64, 32, 4, 2),
     ("backward", 64, 256): Tile(64, 64, 64, 4, 1),
-    ("grad_query", 0, 64): Tile(64, 64, 64, 4, 2),
+    ("grad_query", 0, 64): Tile(64, 32, 64, 4, 2),
     ("grad_query", 0, 256): Tile(64, 64, 64, 4, 1),
     ("grad_key", 0, 64): Tile(64, 64, 64, 4, 2),
     ("grad_key", 0, 256): Tile(64, 64, 64, 4, 1),

@@ -19,26 +19,29 @@ from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    """Swin's windows, shifted, with a table; with `cosine` Swin-V2's, a bias and a logit scale."""
+    """Swin's windows, shifted, with a table; with `cosine` Swin-V2's, a bias and a logit scale; with `grid` MaxViT's."""
 
     arch: int
     window: tuple[int, ...] = (7, 7)
     dtype: str = "bfloat16"
     cosine: bool = False
+    grid: bool = False
     head_dim: int = 32
 
     def __str__(self):
         window = "x".join(map(str, self.window))
-        return f"sm{self.arch}-{window}-D{self.head_dim}-{self.dtype}{'-cosine' * self.cosine}"
+        options = "-cosine" * self.cosine + "-grid" * self.grid
+        return f"sm{self.arch}-{window}-D{self.head_dim}-{self.dtype}{options}"
 
 
-MAIN = [Config(arch, dtype=dtype) for arch in (80, 90) for dtype in ("bfloat16", "float32")]
-MAIN += [Config(arch, (8, 8), cosine=True) for arch in (80, 90)]
-MORE = [Config(arch, dtype="float16") for arch in (80, 90)]
-MORE += [Config(arch, (8, 8), dtype, True) for arch in (80, 90) for dtype in ("float16", "float32")]
-MORE += [Config(arch, window) for arch in (80, 90) for window in ((8, 8), (4, 4), (2, 3, 5))]
-OTHER = [Config(90, (12, 12), cosine=True), Config(80, (2, 7, 7), head_dim=80), Config(90, head_dim=256)]
-ALL = (*MAIN, *OTHER)
+ARCHITECTURES = (80, 90)
+MAIN = [Config(arch) for arch in ARCHITECTURES] + [Config(arch, (8, 8), cosine=True) for arch in ARCHITECTURES]
+MAIN += [Config(80, (12, 12)), Config(90, (12, 12), "float16", cosine=True), Config(90, dtype="float16", grid=True)]
+MORE = [Config(arch, dtype=dtype) for arch in ARCHITECTURES for dtype in ("float16", "float32")]
+MORE += [Config(arch, (8, 8), dtype, True) for arch in ARCHITECTURES for dtype in ("float16", "float32")]
+MORE += [Config(arch, window) for arch in ARCHITECTURES for window in ((8, 8), (4, 4), (2, 3, 5), (49,))]
+MORE += [Config(90, (12, 12)), Config(80, (12, 12), cosine=True), Config(80, grid=True)]
+WIDE = [Config(80, (2, 7, 7), head_dim=80), Config(90, head_dim=256)]  # spill a few registers
 
 
 @contextlib.contextmanager
@@ -68,8 +71,9 @@ def call(config: Config, batch=2, counts=(2, 3, 2), heads=3, shift=None):
     tokens, rows = torch.tensor(config.window).prod(), (2 * torch.tensor(config.window) - 1).prod()
     table = None if config.cosine else torch.empty(rows, heads)
     bias, logit_scale = (torch.empty(heads, tokens, tokens), torch.empty(heads)) if config.cosine else (None, None)
-    shift = [w // 2 for w in config.window] if shift is None else shift
-    arguments = *packed.unbind(-3), table, bias, logit_scale, config.window, shift, False, 0.125
+    if shift is None:
+        shift = [0 if config.grid else w // 2 for w in config.window]
+    arguments = *packed.unbind(-3), table, bias, logit_scale, config.window, shift, config.grid, 0.125
     out = window_attention.forward(*arguments)
     needs = not config.cosine, config.cosine, config.cosine
     window_attention_backward.backward(out, *arguments, *needs)
@@ -95,13 +99,14 @@ def compiled_in_parallel(configs: tuple) -> dict:
         return {config: job.exception() or job.result() for config, job in jobs.items()}
 
 
-def rows_of(config: Config, configs) -> list[dict]:
+def compiled_rows(config: Config, configs) -> list[dict]:
+    """What every kernel of a call takes; `configs` are those that are compiled with it."""
     rows = compiled_in_parallel(tuple(configs))[config]
     if isinstance(rows, Exception):
         raise rows
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
-        if "bias_kernel" not in row["kernel"] and "table" not in row["kernel"]:
+        if row["kernel"] not in ("window_bias_kernel", "window_table_gradient_kernel"):
             assert row["matrix"], f"{config}: {row['kernel']} uses no matrix instructions"
     return rows
 
@@ -110,27 +115,29 @@ def check(config: Config, rows: list[dict]):
     for row in rows:
         spilled = row["STACK"] + row["LOCAL"]
         assert spilled == 0, f"{config}: {row['kernel']} has {spilled} bytes of stack"
-        if row["kernel"] == "window_forward_kernel" and config.dtype != "float32":
-            assert row["asynchronous"], f"{config}: the next window's rows are not fetched ahead"
+        if "forward" in row["kernel"] and config.dtype != "float32":
+            assert row["asynchronous"], f"{config}: the next rows are not fetched ahead"
             if config.arch == 90 and max(config.window) > 6:
                 assert row["matrix"] == ["HGMMA"], f"{config}: {row['kernel']} uses {row['matrix']}"
 
 
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_main_configurations(config):
-    check(config, rows_of(config, ALL))
+    rows = compiled_rows(config, MAIN)
+    check(config, rows)
+    assert any("large" in row["kernel"] for row in rows) == (config.window == (12, 12))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_more_configurations(config):
-    check(config, rows_of(config, MORE))
+    check(config, compiled_rows(config, MORE))
 
 
-@pytest.mark.parametrize("config", OTHER, ids=str)
-def test_large_windows_and_head_dims_compile(config):
-    kernels = {row["kernel"] for row in rows_of(config, ALL)}
-    assert ("window_large_forward_kernel" in kernels) == (config.head_dim < 256)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WIDE, ids=str)
+def test_wide_heads_compile(config):
+    compiled_rows(config, WIDE)
 
 
 def test_another_map_compiles_nothing():
