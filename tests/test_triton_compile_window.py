@@ -19,7 +19,7 @@ from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    """Swin's windows, shifted, with a table; Swin-V2's with `cosine`, a bias and a logit scale; MaxViT's with `grid`."""
+    """Swin's windows, shifted, with a table; with `cosine` Swin-V2's, a bias and a logit scale; `grid`: MaxViT's."""
 
     arch: int
     window: tuple[int, ...] = (7, 7)
