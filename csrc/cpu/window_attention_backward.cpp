@@ -35,21 +35,27 @@ void wide_product(int64_t rows, int64_t columns, int64_t depth, const float* a, 
 // From weights and dP of a tile: P and dS (times the norms), and the sum of dS.
 template <int V>
 XF_NOINLINE void score_gradients(const WindowScores& t, const float* sum, float* grad, const float* lane_norm, float* bias_sums) {
-  Vec inverse[V], delta[V], norm[V];
+  Vec inverse[V], delta[V], norm[V], run[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     inverse[v] = 1.f / load(sum + v * kLanes);
     delta[v] = zero();
     norm[v] = t.row_scale ? load(lane_norm + v * kLanes) : broadcast(1.f);
   }
-  for (int64_t r = 0; r < t.rows; ++r)
+  for (int64_t first = 0; first < t.rows; first += kSumRows) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* s = t.scores + r * t.ld + v * kLanes;
-      const Vec p = load(s) * inverse[v];
-      store(s, p);
-      delta[v] += p * load(grad + r * t.ld + v * kLanes);
-    }
+    for (int v = 0; v < V; ++v) run[v] = zero();
+    for (int64_t r = first; r < min_of(first + kSumRows, t.rows); ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* s = t.scores + r * t.ld + v * kLanes;
+        const Vec p = load(s) * inverse[v];
+        store(s, p);
+        run[v] += p * load(grad + r * t.ld + v * kLanes);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) delta[v] += run[v];
+  }
   for (int64_t r = 0; r < t.rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {

@@ -13,22 +13,25 @@ import xformer_fast
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-MOST_TILES = 16  # (window, head) pairs of a case, counted as many times as a window has blocks of tokens
+MOST_TILES = 6  # of 16-bit 64 x 64 or float32 32 x 32 scores, over the windows and heads of a case
+LARGE = (3, 11)  # tokens that do not fit one tile in float32
 
 
 def tiles(case: Case) -> int:
     batch, *space, heads, _ = case.tensors["query"].shape
-    return batch * heads * math.prod(space) // math.prod(case.window) * math.ceil(math.prod(case.window) / 64) ** 2
+    tokens, block = math.prod(case.window), 32 if case.dtype == torch.float32 else 64
+    return batch * heads * math.prod(space) // tokens * math.ceil(tokens / block) ** 2
 
 
 def cheap_cases(count: int) -> list:
-    """Drawn cases of few tiles."""
+    """Drawn cases of few tiles; all but the first 20 are slow."""
     cases, seed = [], 0
     while len(cases) < count:
         seed += 1
         dtype = torch.float16 if len(cases) % 3 == 2 else torch.float32
         if tiles(draw(seed, dtype)) <= MOST_TILES:
-            cases.append(pytest.param(seed, dtype, id=f"{seed}-{str(dtype)[6:]}"))
+            marks = [pytest.mark.slow] * (len(cases) >= 20)
+            cases.append(pytest.param(seed, dtype, id=f"{seed}-{str(dtype)[6:]}", marks=marks))
     return cases
 
 
@@ -38,7 +41,7 @@ def check(case: Case):
     compare(case, results, "triton, interpreted")
 
 
-@pytest.mark.parametrize("seed, dtype", cheap_cases(60))
+@pytest.mark.parametrize("seed, dtype", cheap_cases(200))
 def test_random_calls(seed, dtype):
     check(draw(seed, dtype))
 
@@ -58,23 +61,29 @@ def make(window, counts, heads=2, dims=(8, 8), batch=1, dtype=torch.float32, ter
     return Case("made", dtype, tensors, window, torch.randn(batch, *space, heads, dim_v).to(dtype), options)
 
 
-@pytest.mark.parametrize("terms", [("table",), ("table", "bias", "logit_scale")], ids="+".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "window, shift", [((7, 7), (3, 3)), ((8, 8), (4, 0)), ((9, 8), (0, 5)), ((2, 6, 6), (1, 3, 2))], ids=str
+    "window, shift, dtype, terms",
+    [
+        ((4, 4), (2, 1), torch.float32, ("table", "bias", "logit_scale")),
+        ((7, 7), (3, 3), torch.float16, ("table",)),
+        ((8, 8), (4, 0), torch.float16, ("bias", "logit_scale")),
+        (LARGE, (0, 5), torch.float32, ("table", "bias", "logit_scale")),
+        ((2, 6, 6), (1, 3, 2), torch.float16, ("table", "logit_scale")),
+    ],
+    ids=str,
 )
 def test_shifted_windows(window, shift, dtype, terms):
-    """One that a tile holds, one that fills it, and two that span tiles."""
-    check(make(window, [2] * len(window), heads=1, dtype=dtype, terms=terms, shift=shift))
+    """Windows that a tile holds, one that fills it, and two that span tiles."""
+    counts = (1,) * (len(window) - 2) + (1, 2)
+    check(make(window, counts, heads=1, dtype=dtype, terms=terms, shift=shift))
 
 
-@pytest.mark.parametrize("terms", [(), ("bias", "logit_scale")], ids="+".join)
-@pytest.mark.parametrize("window", [(3, 3), (9, 9)], ids=str)
+@pytest.mark.parametrize("window", [(3, 3), LARGE], ids=str)
 @pytest.mark.parametrize("dims", [(1, 1), (3, 70), (130, 5), (96, 96), (256, 256)], ids=str)
-def test_head_dims(dims, window, terms):
+def test_head_dims(dims, window):
     """Head dims of several pieces, of a window in one tile and in several."""
-    terms = terms if dims[0] > 1 else terms[:1]  # the cosines of one channel are constant
-    check(make(window, (1, 2), heads=1, dims=dims, terms=terms))
+    terms = ("bias", "logit_scale") if dims[0] > 3 else ()  # the cosines of one channel are constant
+    check(make(window, (1, 1), heads=1, dims=dims, terms=terms))
 
 
 def test_runs_of_windows(monkeypatch):
@@ -82,9 +91,9 @@ def test_runs_of_windows(monkeypatch):
     from xformer_fast.kernels import window_tiles
 
     monkeypatch.setattr(window_tiles, "PROGRAMS", 4)
-    terms = ("table", "logit_scale")
-    check(make((2, 2), (3, 2), batch=3, heads=2, dims=(5, 5), terms=terms, shift=1))
-    check(make((13, 5), (1, 2), batch=3, heads=2, dims=(5, 5), terms=terms, shift=(0, 2)))
+    check(make((2, 2), (3, 1), batch=3, heads=2, dims=(5, 5), terms=("table", "logit_scale"), shift=1))
+    monkeypatch.setattr(window_tiles, "PROGRAMS", 3)
+    check(make(LARGE, (1, 2), batch=3, heads=1, dims=(5, 5), terms=("table", "logit_scale"), shift=(0, 2)))
 
 
 @pytest.mark.parametrize("window", [(2, 2), (9, 9)], ids=str)
@@ -99,7 +108,7 @@ def test_rows_far_apart(window):
     check(case)
 
 
-@pytest.mark.parametrize("window", [(4, 4), (9, 9)], ids=str)
+@pytest.mark.parametrize("window", [(4, 4), LARGE], ids=str)
 def test_zero_rows_of_cosine_attention(window):
     case = make(window, (1, 1), terms=("logit_scale",))
     case.tensors["query"][0, 1, 2] = 0
@@ -126,7 +135,7 @@ def test_opcheck():
     torch.library.opcheck(backward, (case.grad, *inputs, *options, True, True, True))
 
 
-@pytest.mark.parametrize("window", [(4, 4), (9, 9)], ids=str)
+@pytest.mark.parametrize("window", [(4, 4), LARGE], ids=str)
 def test_the_same_call_gives_the_same_bits(window):
     case = make(window, (1, 2), terms=("table", "bias", "logit_scale"))
     first, second = (evaluate(case, on_backend("triton")) for _ in range(2))
