@@ -36,7 +36,7 @@ def check(case: Case, backend: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_calls(backend, seed, dtype):
     check(draw(1000 + seed, dtype), backend)
 
@@ -72,9 +72,9 @@ def test_models(backend, options, dtype):
     check(model_case(dtype, **options), backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [3, 5, 7, 10])
-@pytest.mark.parametrize("dim", [16, 40, 64, 96, 127, 256])
+@pytest.mark.parametrize("dim", [16, 64, 127, 256])
 def test_head_dims(backend, dim, window, dtype):
     """Every row of the table of tiles, pieces of a head dim included."""
     for cosine in (False, True):
