@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem
+from ..dispatch import Backend, Table, build_problem, proven, triton_problem
 from . import checks
 from . import window_operator as operator
+from .attention import _triton_unsupported
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ def window_attention(
         partition: "window", neighbours; or "grid" (MaxViT): window_size is the side of the grid, and tokens a distance
             of side / window_size apart attend to each other; shift must be 0.
         scale: default 1/sqrt(D).
-        backend: "cpu" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
 
     Returns:
         (B, *space, H, D of value), in query's memory order. Differentiable in every tensor.
@@ -201,6 +202,28 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
+def _triton_unproven(call: Call) -> str | None:
+    if call.query.device.type == "cpu":
+        return "the interpreter is for tests"
+    return None if "window_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+
+
+def _triton_runner() -> Callable:
+    def forward(*arguments):
+        from ..kernels import window_attention as kernels
+
+        return kernels.forward(*arguments)
+
+    def backward(*arguments):
+        from ..kernels import window_attention_backward as kernels
+
+        return kernels.backward(*arguments)
+
+    keys = ("CUDA", "CPU") if triton_problem() is None else ("CUDA",)
+    operator.define("triton", forward, backward, keys)
+    return kernel_runner(operator.register("triton"))
+
+
 def _cpu_runner() -> Callable:
     return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
 
@@ -208,6 +231,7 @@ def _cpu_runner() -> Callable:
 TABLE = Table(
     "window_attention",
     [
+        Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
