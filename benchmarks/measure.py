@@ -237,9 +237,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
