@@ -18,12 +18,12 @@ EXAMPLES := gpt bert digits sentence-encoder tuning in-context associative-recal
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, then fused against naive
+bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, fused against naive, whole models
 	$(PY) -m benchmarks.main_job --out bench-results
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/timm $(PYTEST) -k timm tests/integrations/test_timm.py tests/integrations/test_models.py
+	PYTHONPATH=$(VENV)/timm $(PYTEST) -k timm tests/integrations/test_timm.py tests/integrations/test_models.py tests/models/test_timm_weights.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
