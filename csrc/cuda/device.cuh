@@ -18,6 +18,12 @@ __device__ __forceinline__ float to_float(half x) { return __half2float(x); }
 __device__ __forceinline__ void assign(float& to, float x) { to = x; }
 __device__ __forceinline__ void assign(bf16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void assign(half& to, float x) { to = __float2half_rn(x); }
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  T to;
+  assign(to, x);
+  return to_float(to);
+}
 
 // Up to 16 bytes that are read and written at once.
 template <class T, int N>
