@@ -32,6 +32,10 @@ ISA_FLAGS = {
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
 }
 EXTRA_FLAGS = os.environ.get("XFORMER_FAST_CXXFLAGS", "").split()  # last on every line: for sanitizers
+if EMULATION := os.environ.get("XFORMER_FAST_EMULATE_AVX512"):  # a header: see tests/avx512_emulation
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-include", EMULATION]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-DXF_EMULATE_BF16"]
+    EXTRA_FLAGS.append("-DXF_EMULATED_ISA")
 CPU = Path("csrc") / "cpu"
 HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py, which runs in its folder
 LAUNCHER_SOURCES = sorted(path.name for path in CPU.glob("*_launcher.cpp"))  # compiled once, with torch's headers

@@ -58,10 +58,12 @@ class Prefetch {
     area = {reinterpret_cast<const char*>(p), stride * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), rows, 0};
     lines_ += rows * ((area.bytes + 63) / 64);
   }
-  void step(int64_t steps_left) {
-    int64_t now = (lines_ + steps_left - 1) / steps_left;
+  // Called `steps` times after start(steps), asks for everything.
+  void start(int64_t steps) { share_ = (lines_ + steps - 1) / steps; }
+  void step() {
+    int64_t now = share_ < lines_ ? share_ : lines_;
     lines_ -= now;
-    for (Area* area = areas_; area < areas_ + count_; ++area)
+    for (Area* area = areas_; area < areas_ + count_ && now > 0; ++area)
       for (; area->rows > 0 && now > 0; --now) {
         __builtin_prefetch(area->row + area->at, 0, 2);
         area->at += 64;
@@ -76,7 +78,7 @@ class Prefetch {
   };
   Area areas_[2];
   int count_ = 0;
-  int64_t lines_ = 0;
+  int64_t lines_ = 0, share_ = 0;
 };
 
 template <int R, int V, class T>
@@ -135,11 +137,13 @@ template <int V, class T>
 void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld, float* c,
                   int64_t c_ld, Start start, const float* scale = nullptr, Prefetch* prefetch = nullptr) {
   constexpr int R = kTileRows<V>;
-  while (rows > 0) {
-    const int64_t chunks = (rows + R - 1) / R, now = (rows + chunks - 1) / chunks;
-    if (prefetch) prefetch->step(chunks);
+  if (rows <= 0) return;
+  const int64_t chunks = (rows + R - 1) / R, least = rows / chunks, longer = rows % chunks;
+  if (prefetch) prefetch->start(chunks);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t now = least + (i < longer);
+    if (prefetch) prefetch->step();
     tile_product_chunk<R, V>(now, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
-    rows -= now;
     a += now * a_row;
     c += now * c_ld;
   }

@@ -7,7 +7,8 @@
 //   load / store         float, bfloat16, float16 in memory <-> float lanes; with a count: the first n lanes, memory past
 //                        them is neither read nor written, lanes past them load as zero
 //   broadcast, maximum, minimum, reduce_add, reduce_max, lane_index
-//   exp2, exp2_coarse    x <= 127, -inf gives 0, NaN stays; relative error 1e-7 and 8e-5 (for a result rounded to bfloat16)
+//   exp2, exp2_coarse    x <= 127, -inf gives 0, NaN stays, 0 may stand for what is below 2^-126; relative error 1e-7 and
+//                        8e-5 (for a result rounded to bfloat16)
 //   tanh, log            relative error about 1e-7
 //   transpose            a kLanes x kLanes tile held in kLanes vectors
 //   multiply_wide        32 x 32 -> 64 bits, for Philox
@@ -265,14 +266,11 @@ XF_INLINE Vec exp2_impl(Vec x) {
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x - n, and 0 for -inf
   return _mm512_scalef_ps(exp2_polynomial<Coarse>(f), n);
 #else
-  const Vec clamped = x < -150.f ? broadcast(-150.f) : x;
-  const Vec shifted = clamped + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
-  const Vec f = clamped - (shifted - 12582912.f);
-  const IVec n = (IVec)shifted - 0x4b400000;
-  const IVec half = n >> 1;  // two factors, so that neither leaves the normal range
-  const Vec low = (Vec)((half + 127) << 23), high = (Vec)((n - half + 127) << 23);
-  const Vec result = exp2_polynomial<Coarse>(f) * low * high;
-  return x < -149.f ? zero() : result;
+  const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the sum's low bits are n
+  const Vec f = x - (shifted - 12582912.f);
+  const Vec power = (Vec)(((IVec)shifted << 23) + (127 << 23));
+  const Vec result = exp2_polynomial<Coarse>(f) * power;
+  return x < -126.f ? zero() : result;
 #endif
 }
 XF_INLINE Vec exp2(Vec x) { return exp2_impl<false>(x); }

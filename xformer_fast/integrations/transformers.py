@@ -285,14 +285,17 @@ def _rule(mask_function: Callable, local_size: int | None, causal: bool, config)
 
 
 def _packed_sequences(mask_function: Callable) -> Tensor | None:
-    """The structured mask of what `packed_sequence_compatibility_function` made of a plain mask function, else None."""
-    parts = [_closure(part) for part in _closure(mask_function).get("mask_functions", ())]
-    if len(parts) != 2 or "packed_sequence_mask" not in parts[0] or "position_ids" not in parts[1]:
+    """The structured mask of a plain mask function joined (`and_masks`) with one of packed sequences, else None."""
+    parts = _closure(mask_function).get("mask_functions", ())
+    sequences = [c["packed_sequence_mask"] for c in map(_closure, parts) if "packed_sequence_mask" in c]
+    plain = [part for part in parts if "packed_sequence_mask" not in _closure(part)]
+    if len(sequences) != 1 or len(plain) != 1:
         return None
-    rule = _rule(parts[1]["mask_function"], None, False, None)
+    inner = _closure(plain[0])  # up to transformers 5.23 the plain function counts positions inside a sequence
+    rule = _rule(inner["mask_function"] if "position_ids" in inner else plain[0], None, False, None)
     if rule is None:
         return None
-    sequence = parts[0]["packed_sequence_mask"]
+    sequence = sequences[0]
     starts = torch.ones_like(sequence, dtype=torch.bool)
     starts[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
     starts = starts.flatten().nonzero()[:, 0]
