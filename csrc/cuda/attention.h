@@ -14,7 +14,7 @@ struct CudaAttention : Attention {
 };
 
 // Numbers a query that the first kernel of a backward leaves to the others: lse in units of log2, +infinity where every
-// weight is zero, and delta = dO·O - dlse. Every sequence's rows are padded: see statistics_rows.
+// weight is zero, and delta = dO·O - dlse. Every sequence's rows are padded, and begin at a multiple of 16 bytes.
 struct Statistics {
   float* lse;
   float* delta;
@@ -22,7 +22,7 @@ struct Statistics {
 };
 constexpr int64_t kStatisticsPadding = 136;
 inline int64_t statistics_rows(const CudaAttention& a) {
-  return a.cu_seqlens_q ? a.rows_q + (a.batch + 1) * kStatisticsPadding : (a.seqlen_q + 127) / 128 * 128;
+  return a.cu_seqlens_q ? (a.rows_q + 3) / 4 * 4 + (a.batch + 1) * kStatisticsPadding : (a.seqlen_q + 127) / 128 * 128;
 }
 
 struct CudaAttentionGrad : AttentionGrad {

@@ -24,54 +24,6 @@ struct Shape {
   static constexpr int kSharedBytes = QueryTile::kBytes + 2 * KeyTile::kBytes;
 };
 
-// A warp's rows: what of their softmax has been seen. A lane holds rows g and g + 8 of each 16.
-template <int M, int kWidth>
-struct Softmax {
-  float max[M][2], sum[M][2];  // sum: of the lane's own columns
-
-  __device__ __forceinline__ void start(float sink) {  // a sink counts as one key without a value
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        max[m][r] = sink;
-        sum[m][r] = sink != -XF_INFINITY && lane_index() % 4 == 0 ? 1.f : 0.f;
-      }
-  }
-
-  // Scores to weights, scaled by `scale` on the way; `out` is brought to the new maximum.
-  template <int kKeys>
-  __device__ __forceinline__ void weigh(Sums<M, kKeys>& scores, Sums<M, kWidth>& out, float scale) {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float most = -XF_INFINITY;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) most = fmaxf(most, fmaxf(scores.of[m][j][2 * r], scores.of[m][j][2 * r + 1]));
-        const float new_max = fmaxf(max[m][r], row_max(most) * scale);
-        const float finite = new_max == -XF_INFINITY ? 0.f : new_max;
-        const float correction = exp2_fast(max[m][r] - finite);
-        max[m][r] = new_max;
-        float total = 0.f;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-          for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            const float weight = exp2_fast(scores.of[m][j][e] * scale - finite);
-            scores.of[m][j][e] = weight;
-            total += weight;
-          }
-        sum[m][r] = sum[m][r] * correction + total;
-#pragma unroll
-        for (int j = 0; j < kWidth / 8; ++j) {
-          out.of[m][j][2 * r] *= correction;
-          out.of[m][j][2 * r + 1] *= correction;
-        }
-      }
-  }
-};
-
 template <class Shape, bool kOptions>
 __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward_kernel(const __grid_constant__ CudaAttention a) {
   using T = typename Shape::T;

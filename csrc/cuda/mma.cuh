@@ -2,7 +2,7 @@
 //
 // Tile<T, kRows, kWidth>  rows of 16-byte chunks, a row's chunks permuted (swizzled) by its number, so that the same chunk of
 //                         eight neighbouring rows lies in eight different groups of banks
-// copy_tile               global memory -> tile, by cp.async where rows are aligned; zeros past the rows and columns there are
+// copy_tile, copy_chunk   global memory -> tile, by cp.async where rows are aligned; zeros past the rows and columns there are
 // Sums<M, kColumns>       a warp's accumulators: 16 M rows, kColumns columns, float32
 // add_product             sums += a bᵀ, a and b rows of tiles
 // add_weighted_rows       sums += w b, w another warp's-worth of sums (weights), b rows of a tile
@@ -68,25 +68,30 @@ struct Rows {
         aligned(((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride) * sizeof(T)) & 15) == 0) {}
 };
 
-// All threads of a block copy rows first, first + 1, ... < limit; zeros follow. What cp.async brings belongs to the group that
-// the caller commits; what is not aligned is stored before this returns. A barrier is needed in either case.
+// The first `present` elements of a chunk, then zeros. Of aligned memory cp.async brings them, in the group that the caller commits;
+// of other memory they are stored before this returns. A barrier is needed in either case.
+template <class T>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int present, bool aligned) {
+  if (aligned) {
+    copy_16_bytes(to, from, present * static_cast<int>(sizeof(T)));
+    return;
+  }
+  Pack<T, kChunk<T>> pack;
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) assign(pack.values[e], e < present ? to_float(from[e]) : 0.f);
+  store_shared(to, reinterpret_cast<const uint4&>(pack));
+}
+
+// All threads of a block copy rows first, first + 1, ... < limit; zeros follow.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_tile(const Tile& tile, const Rows<const typename Tile::T>& rows, int first, int limit) {
   using T = typename Tile::T;
   const T* origin = rows.data + first * rows.stride;
 #pragma unroll 1
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = chunk * kChunk<T>;
+    const int row = i / Tile::kChunks, column = i % Tile::kChunks * kChunk<T>;
     const int present = first + row < limit ? min(max(rows.width - column, 0), kChunk<T>) : 0;
-    const T* from = origin + (present ? row * rows.stride + column : 0);
-    if (rows.aligned) {
-      copy_16_bytes(tile.chunk(row, chunk), from, present * static_cast<int>(sizeof(T)));
-    } else {
-      Pack<T, kChunk<T>> pack;
-#pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) assign(pack.values[e], e < present ? to_float(from[e]) : 0.f);
-      store_shared(tile.chunk(row, chunk), reinterpret_cast<const uint4&>(pack));
-    }
+    copy_chunk(tile.at(row, column), origin + (present ? row * rows.stride + column : 0), present, rows.aligned);
   }
 }
 

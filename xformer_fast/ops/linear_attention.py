@@ -78,7 +78,8 @@ def linear_attention(
         initial_state: (kv (B, Hq, Dφ, Dv), z (B, Hq, Dφ)) float32, what keys before these have left; may require grad.
         return_state: also return the state after the last key (key_lengths[b] or Sk), differentiable. Handing it on
             as initial_state continues a sequence where it was cut.
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, Hq, Sq, Dv) in the query's dtype and memory order, or packed (T, Hq, Dv); with return_state also
