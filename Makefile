@@ -10,7 +10,7 @@ PY      := $(BIN)/python
 PIP     := $(BIN)/pip --disable-pip-version-check -qq
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
-.PHONY: help bench test test-avx512 lint bench-full wheel sanitize gpu-proof clean
+.PHONY: help bench test test-avx512 test-cuda lint bench-full wheel sanitize gpu-proof clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,10 @@ wheel: $(VENV)/installed  ## a wheel in dist/
 
 test-avx512: $(VENV)/installed  ## the kernels of AVX-512 and AVX-512-BF16, by emulation where the CPU lacks them
 	tests/avx512_emulation/run.sh tests/ops
+
+test-cuda: $(VENV)/built  ## the CUDA C++ kernels on an emulated device, every thread and every access; needs no CUDA
+	$(PY) -m tests.cuda_emulation.build
+	$(PYTEST) -p tests.cuda_emulation.plugin tests/ops/test_*_cuda.py
 
 sanitize: $(VENV)/installed  ## 2,000 random calls of the C++ kernels under AddressSanitizer and UBSan
 	tests/sanitize/run.sh

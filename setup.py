@@ -67,10 +67,13 @@ def missing_tool() -> str | None:
 def cuda_home() -> str | None:
     """Where CUDA's tools are, if the GPU kernels are to be built: never decided by whether there is a GPU."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils import cpp_extension
 
-    wanted = os.environ.get("XFORMER_FAST_CUDA", "1" if torch.version.cuda else "0") == "1"
-    return CUDA_HOME if wanted and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists() else None
+    if os.environ.get("XFORMER_FAST_CUDA", "1" if torch.version.cuda else "0") != "1":
+        return None
+    if cpp_extension.CUDA_HOME is None and (nvcc := shutil.which("nvcc")):
+        cpp_extension.CUDA_HOME = str(Path(nvcc).resolve().parent.parent)  # a CPU build of torch does not look for it
+    return cpp_extension.CUDA_HOME
 
 
 def with_leave_to_fail(command: type[build_ext], problem: str | None) -> type[build_ext]:

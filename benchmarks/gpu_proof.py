@@ -1,7 +1,7 @@
 """Proves the GPU kernels on the machine at hand: builds, runs every test marked `gpu`, measures, says what is proven.
 
     make gpu-proof OUT=dir            all parts, in turn; a second run goes on where the first one stopped
-    make gpu-proof OUT=dir PART=tests     one part; each stays under 9 minutes, so that it fits a time-limited machine
+    make gpu-proof OUT=dir PART=tests     one part (tests, sanitizer, bench-...); each stays under 9 minutes, so that it fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
 Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, <op>.csv, a report, and
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROVEN = ROOT / "xformer_fast" / "proven.json"
 PART_SECONDS = 510
+SANITIZER_CHECKS = ("memcheck", "racecheck", "synccheck")
 CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
 PEERS = {"attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"}  # of the other ops: all that they have
 
@@ -137,6 +139,28 @@ def run_tests(out: Path, seconds: float, report: Report) -> bool:
         report(f"  pytest ended with status {status}{' (out of time)' if status == 124 else ''}\n{tail(output, 40)}")
     record_proof(cases, passed, clean, out, report)
     return clean
+
+
+def run_sanitizer(out: Path, seconds: float, report: Report) -> bool:
+    """NVIDIA's compute-sanitizer over small calls of the CUDA C++ kernels. True if it found nothing, or is not here."""
+    from xformer_fast.dispatch import cuda_problem
+
+    tool = shutil.which("compute-sanitizer")
+    missing = cuda_problem("attention_cuda") or (None if tool else "no compute-sanitizer")
+    if missing:
+        report(f"- sanitizer: not run: {missing}")
+        return True
+    fine, log = True, out / "sanitizer.log"
+    log.write_text("")
+    for check in SANITIZER_CHECKS:
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "tests/sanitize/gpu.py"]
+        status, output = run(command, seconds / len(SANITIZER_CHECKS))
+        with log.open("a") as file:
+            file.write(output)
+        verdict = "clean" if status == 0 else f"status {status}\n{tail(output)}"
+        report(f"- sanitizer: {check} {verdict}")
+        fine = fine and status == 0
+    return fine
 
 
 def record_proof(cases, passed, clean: bool, out: Path, report: Report) -> None:
@@ -271,14 +295,15 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-proof-results"))
-    parser.add_argument("--part", help="tests, or one of the benchmark's parts (bench-...); default: all in turn")
+    parser.add_argument("--part", help="tests, sanitizer, or one of the benchmark's parts (bench-...); default: all in turn")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the limit of a part")
     parser.add_argument("--dry", action="store_true", help="everything but the GPU")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     parts = benchmark_parts()
-    if args.part and args.part not in ("tests", *parts):
-        parser.error(f"--part must be tests, {', '.join(parts)}; got {args.part}")
+    checks = {"tests": run_tests, "sanitizer": run_sanitizer}
+    if args.part and args.part not in (*checks, *parts):
+        parser.error(f"--part must be {', '.join((*checks, *parts))}; got {args.part}")
 
     import torch
 
@@ -297,10 +322,10 @@ def main() -> int:
         fine = dry_run(parts, out, report)
     else:
         seconds, fine = args.seconds - (time.monotonic() - start if args.part else 0), True
-        for part in ("tests", *parts) if args.part is None else (args.part,):
+        for part in (*checks, *parts) if args.part is None else (args.part,):
             done = (
-                run_tests(out, seconds, report)
-                if part == "tests"
+                checks[part](out, seconds, report)
+                if part in checks
                 else run_benchmarks(part, parts[part], out, seconds, report)
             )
             fine = done and fine

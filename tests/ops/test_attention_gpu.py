@@ -7,7 +7,7 @@ import torch
 from attention_cases import check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
 
 import xformer_fast
-from xformer_fast import reference
+from xformer_fast import dispatch, reference
 from xformer_fast.testing import check_close
 
 pytestmark = pytest.mark.gpu
@@ -16,9 +16,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["triton"], autouse=True)
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
 def backend(request, record_property):
     """The backend under test; the recorded property is what `make gpu-proof` takes as evidence for it."""
+    if request.param == "cuda" and (missing := dispatch.cuda_problem("attention_cuda")):
+        pytest.skip(missing)
     record_property("proves", f"attention/{request.param}")
     return request.param
 
