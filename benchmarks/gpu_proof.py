@@ -1,7 +1,8 @@
 """Proves the GPU kernels on the machine at hand: builds, runs every test marked `gpu`, measures, says what is proven.
 
     make gpu-proof OUT=dir            all parts, in turn; a second run goes on where the first one stopped
-    make gpu-proof OUT=dir PART=tests     one part (tests, sanitizer, bench-...); each stays under 9 minutes, so that it fits a time-limited machine
+    make gpu-proof OUT=dir PART=tests     one part (tests, sanitizer, bench-...); each stays under 9 minutes, so that it
+                                          fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
 Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, <op>.csv, a report, and
@@ -295,7 +296,7 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-proof-results"))
-    parser.add_argument("--part", help="tests, sanitizer, or one of the benchmark's parts (bench-...); default: all in turn")
+    parser.add_argument("--part", help="tests, sanitizer, or one of the benchmark's (bench-...); default: all in turn")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the limit of a part")
     parser.add_argument("--dry", action="store_true", help="everything but the GPU")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Compiles the CUDA C++ kernels for every GPU target, where nvcc is: no warnings, no spills, no stack, 16-byte accesses."""
+"""Compiles the CUDA C++ kernels for every GPU target, where nvcc is: no warnings, no spills, 16-byte accesses."""
 
 import re
 import shutil

@@ -91,7 +91,8 @@ def attention(
             torch.randint, and on the element's index alone, so that every backend drops the same.
         return_lse: also return the log of the softmax denominator, (B, Hq, Sq) float32 (float64 for float64),
             differentiable.
-        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, Hq, Sq, Dv) in the query's dtype and memory order; with return_lse a pair. A query with no key left gives
