@@ -71,8 +71,9 @@ def cuda_home() -> str | None:
 
     if os.environ.get("XFORMER_FAST_CUDA", "1" if torch.version.cuda else "0") != "1":
         return None
-    if cpp_extension.CUDA_HOME is None and (nvcc := shutil.which("nvcc")):
-        cpp_extension.CUDA_HOME = str(Path(nvcc).resolve().parent.parent)  # a CPU build of torch does not look for it
+    if cpp_extension.CUDA_HOME is None and (nvcc := shutil.which("nvcc")):  # a CPU build of torch does not look for it
+        homes = (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda"))
+        cpp_extension.CUDA_HOME = next((str(home) for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
     return cpp_extension.CUDA_HOME
 
 

@@ -6,6 +6,7 @@
 // Sums<M, kColumns>       a warp's accumulators: 16 M rows, kColumns columns, float32
 // add_product             sums += a bᵀ, a and b rows of tiles
 // add_weighted_rows       sums += w b, w another warp's-worth of sums (weights), b rows of a tile
+// add_outer_product       sums += xᵀ (weights y), x and y rows of tiles
 // store_rows              sums -> a warp's rows of a tile -> global memory, 16 bytes at a time
 //
 // A warp's lane holds of every 16x8 block of sums, with g = lane / 4 and t = lane % 4: [g][2t], [g][2t + 1], [g + 8][2t],
@@ -82,7 +83,7 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int prese
   store_shared(to, reinterpret_cast<const uint4&>(pack));
 }
 
-// All threads of a block copy rows first, first + 1, ... < limit; zeros follow.
+// All threads of a block copy rows first, first + 1, ..., of which 0..limit - 1 are there; the others are zeros.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_tile(const Tile& tile, const Rows<const typename Tile::T>& rows, int first, int limit) {
   using T = typename Tile::T;
@@ -90,8 +91,9 @@ __device__ __forceinline__ void copy_tile(const Tile& tile, const Rows<const typ
 #pragma unroll 1
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks, column = i % Tile::kChunks * kChunk<T>;
-    const int present = first + row < limit ? min(max(rows.width - column, 0), kChunk<T>) : 0;
-    copy_chunk(tile.at(row, column), origin + (present ? row * rows.stride + column : 0), present, rows.aligned);
+    const bool there = first + row >= 0 && first + row < limit;
+    const int present = there ? min(max(rows.width - column, 0), kChunk<T>) : 0;
+    copy_chunk(tile.at(row, column), present ? origin + row * rows.stride + column : rows.data, present, rows.aligned);
   }
 }
 
@@ -208,6 +210,7 @@ __device__ __forceinline__ Right<float> load_right(const Tile<float, kRows, kWid
   return right;
 }
 
+// Two elements of 32 bits, and back.
 __device__ __forceinline__ uint32_t pair(float x, float y, half) {
   const __half2 both = __floats2half2_rn(x, y);
   return reinterpret_cast<const uint32_t&>(both);
@@ -215,6 +218,39 @@ __device__ __forceinline__ uint32_t pair(float x, float y, half) {
 __device__ __forceinline__ uint32_t pair(float x, float y, bf16) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+__device__ __forceinline__ float2 unpaired(uint32_t bits, half) {
+  const __half2 both = reinterpret_cast<const __half2&>(bits);
+  return {to_float(both.x), to_float(both.y)};
+}
+__device__ __forceinline__ float2 unpaired(uint32_t bits, bf16) {
+  const __nv_bfloat162 both = reinterpret_cast<const __nv_bfloat162&>(bits);
+  return {to_float(both.x), to_float(both.y)};
+}
+
+// A left fragment of load_left_transposed, each number times weight(its row in the tile); `rest`: what rounding takes.
+template <class T, class Weight>
+__device__ __forceinline__ void weigh(Left<T>& left, Left<T>& rest, int row, Weight weight) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = unpaired(left.of[i], T{});
+    const int first = row + 2 * t + i / 2 * 8;
+    const float low = x.x * weight(first), high = x.y * weight(first + 1);
+    left.of[i] = pair(low, high, T{});
+    const float2 rounded = unpaired(left.of[i], T{});
+    rest.of[i] = pair(low - rounded.x, high - rounded.y, T{});
+  }
+}
+template <class Weight>
+__device__ __forceinline__ void weigh(Left<float>& left, Left<float>&, int row, Weight weight) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = __uint_as_float(left.big[i]) + __uint_as_float(left.small[i]);
+    set(left, i, __float_as_uint(x * weight(row + 2 * t + i / 2)));
+  }
 }
 
 // Columns depth * kDepth and on of sums as a left fragment, rounded to T.
@@ -231,6 +267,24 @@ __device__ __forceinline__ Left<float> weights_left(const Sums<M, kColumns>& w, 
   set(left, 1, __float_as_uint(of[2]));
   set(left, 2, __float_as_uint(of[1]));
   set(left, 3, __float_as_uint(of[3]));
+  return left;
+}
+
+// The transpose of rows row..row + kDepth - 1, columns column..column + 15: their columns are the fragment's rows. float32: in the
+// order of load_right.
+template <class T, int kRows, int kWidth>
+__device__ __forceinline__ Left<T> load_left_transposed(const Tile<T, kRows, kWidth>& tile, int row, int column) {
+  const int lane = lane_index();
+  Left<T> left;
+  load_matrices_transposed(left.of, tile.chunk(row + lane % 8 + lane / 16 * 8, column / kChunk<T> + lane / 8 % 2));
+  return left;
+}
+template <int kRows, int kWidth>
+__device__ __forceinline__ Left<float> load_left_transposed(const Tile<float, kRows, kWidth>& tile, int row, int column) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  Left<float> left;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) set(left, i, load_shared(tile.at(row + 2 * t + i / 2, column + g + i % 2 * 8)));
   return left;
 }
 
@@ -278,6 +332,35 @@ __device__ __forceinline__ void add_weighted_rows(Sums<M, kWidth>& sums, const S
   }
 }
 
+// sums += xᵀ (weights y): rows column_x.. of the result are columns of x, its columns are columns column_y.. of y. weight(row) is
+// applied to x, without loss: what rounding its weighted numbers takes is a product of its own.
+template <int M, int kColumns, class TileX, class TileY, class Weight>
+__device__ __forceinline__ void add_outer_product(Sums<M, kColumns>& sums, const TileX& x, int column_x, const TileY& y, int column_y,
+                                                  bool weighted, Weight weight) {
+  using T = typename TileX::T;
+  static_assert(TileX::kRows == TileY::kRows);
+#pragma unroll 1
+  for (int row = 0; row < TileX::kRows; row += kDepth<T>) {
+    Left<T> left[M], rest[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      left[m] = load_left_transposed(x, row, column_x + 16 * m);
+      if (weighted) weigh(left[m], rest[m], row, weight);
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns / 16; ++j) {
+      const Right<T> right = load_right(y, row, column_y + 16 * j);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          multiply(sums.of[m][2 * j + which], left[m], right, which);
+          if (weighted && sizeof(T) == 2) multiply(sums.of[m][2 * j + which], rest[m], right, which);
+        }
+    }
+  }
+}
+
 // ---- results ----
 
 __device__ __forceinline__ void store_two(uint32_t to, float x, float y, float) {
@@ -290,7 +373,7 @@ __device__ __forceinline__ void store_two(uint32_t to, float x, float y, T) {
 }
 
 // Rounds a warp's sums into rows row.. and columns column.. of `tile`, which it alone uses, and from there writes them to rows
-// first + row.. < limit.
+// first + row.., of which 0..limit - 1 are there.
 template <int M, int kWidth, class Tile>
 __device__ __forceinline__ void store_rows(const Sums<M, kWidth>& sums, const Tile& tile, int row, int column,
                                            const Rows<typename Tile::T>& rows, int first, int limit) {
@@ -309,7 +392,7 @@ __device__ __forceinline__ void store_rows(const Sums<M, kWidth>& sums, const Ti
 #pragma unroll 1
   for (int i = lane; i < 16 * M * kChunks; i += 32) {
     const int r = row + i / kChunks, c = column + i % kChunks * kChunk<T>;
-    if (first + r >= limit || c >= rows.width) continue;
+    if (first + r < 0 || first + r >= limit || c >= rows.width) continue;
     const uint4 bits = load_shared_16(tile.chunk(r, c / kChunk<T>));
     const auto& pack = reinterpret_cast<const Pack<T, kChunk<T>>&>(bits);
     T* to = rows.data + (first + r) * rows.stride + c;

@@ -26,6 +26,13 @@ char* shared_memory();
 uint32_t shared_address(const void* p);
 #endif
 
+// A number that the compiler no longer knows: else it computes all that follows from it before a loop, and spills what does not fit.
+#if defined(__CUDACC__)
+XF_INSTRUCTION void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
+#else
+inline void forget(uint32_t&) {}
+#endif
+
 // Four 8x8 matrices of 16-bit elements, or 8x4 of 32-bit ones: lane 8 i + r names the 16 bytes of row r of matrix i. Of each,
 // lane l receives the 32 bits at row l / 4, bytes 4 (l % 4)...
 XF_INSTRUCTION void load_matrices(uint32_t (&m)[4], uint32_t row)
