@@ -73,7 +73,8 @@ def cuda_home() -> str | None:
         return None
     if cpp_extension.CUDA_HOME is None and (nvcc := shutil.which("nvcc")):  # a CPU build of torch does not look for it
         homes = (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda"))
-        cpp_extension.CUDA_HOME = next((str(home) for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
+        whole = [str(home) for home in homes if (home / "include" / "cuda_runtime.h").exists()]
+        cpp_extension.CUDA_HOME = whole[0] if whole else None
     return cpp_extension.CUDA_HOME
 
 

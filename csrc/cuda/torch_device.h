@@ -6,7 +6,8 @@
 
 #define XFORMER_FAST_DEVICE_KEY CUDA
 
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+// Weak: a CPU build of torch, which has none, loads the library all the same, and never comes here.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace xformer_fast {
 
