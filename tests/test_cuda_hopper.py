@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NONE, BYTES128, BYTES64, BYTES32 = range(4)  # "Matrix Descriptor Format": values of bits 62-63
 SPAN = {BYTES128: 128, BYTES64: 64, BYTES32: 32}
 
-# "Swizzling Modes": of eight 16-byte units a line of 128 bytes, the document prints which unit stands where; the pattern
-# repeats after 1024, 512 and 256 bytes.
+# "Swizzling Modes": of eight 16-byte units a line of 128 bytes, the document prints which unit stands where; the
+# pattern repeats after 1024, 512 and 256 bytes.
 PATTERNS = {
     BYTES128: [
         [0, 1, 2, 3, 4, 5, 6, 7],
@@ -155,8 +155,8 @@ def test_tile_maps_that_would_be_refused(maps, change, why):
 
 
 def test_phases(maps):
-    """ "mbarrier": phases complete in turn, from parity 0 on; try_wait.parity(p) passes after the phase of parity p, until
-    the next one of that parity is pending. A ring is played through, the producer as far ahead as it may be."""
+    """ "mbarrier": phases complete in turn, from parity 0 on; try_wait.parity(p) passes after the phase of parity p,
+    until the next one of that parity is pending. A ring is played through, the producer as far ahead as it may be."""
     rounds, stages = 20, 3
     numbers = (ctypes.c_int * (3 * rounds))()
     maps.hopper_stages(rounds, numbers)
