@@ -53,20 +53,20 @@ def test_segments(causal, decay, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dims", [(1, 1), (64, 64), (3, 100), (128, 128), (100, 5), (130, 250)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (3, 100), (128, 128), (100, 5), (130, 250)], ids=str)
 def test_head_dims(dims, dtype):
     """Normalised in float32 alone, and with a large eps: else the first rows' gradients, of few keys, are cancellation,
     and of half inputs that of the output as it was stored."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, heads, 75, d).to(dtype) for heads, d in ((2, dims[0]), (1, dims[0]), (1, dims[1])))
-    results = []
+    small, results = {"normalize": False, "scale": 1 / (75 * dims[0])}, []
     for function, raised in (
         (on_backend("cuda"), dtype),
         (reference.linear_attention, torch.float64),
         (reference.linear_attention, dtype),
     ):
         leaves = [t.to(raised).requires_grad_() for t in (q, k, v)]
-        options = {"causal": True, "eps": 3.0, "normalize": dtype == torch.float32}
+        options = {"causal": True, "eps": 3.0} if dtype == torch.float32 else {"causal": True, **small}
         out = function(query=leaves[0], key=leaves[1], value=leaves[2], **options)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for ours, truth, naive in zip(*results, strict=True):
