@@ -8,9 +8,12 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 PIP     := $(BIN)/pip --disable-pip-version-check -qq
+PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
-.PHONY: help bench test test-avx512 test-cuda lint bench-full wheel sanitize gpu-proof clean
+.PHONY: help bench test test-avx512 test-cuda lint bench-full examples wheel sanitize gpu-proof clean
+
+EXAMPLES := gpt bert digits sentence-encoder tuning in-context associative-recall lengths scaling
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,9 +22,9 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 	$(PY) -m benchmarks.main_job --out bench-results
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
-	$(PY) -m pytest
-	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_timm.py
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops/test_*_triton.py
+	$(PYTEST)
+	PYTHONPATH=$(VENV)/timm $(PYTEST) tests/integrations/test_timm.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
 	$(BIN)/ruff check .
@@ -29,6 +32,13 @@ lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from he
 bench-full: $(VENV)/built  ## every case against every peer: the committed CSV and plots
 	$(PY) -m benchmarks.run --sweep --out benchmarks/results
 	$(PY) -m benchmarks.plot benchmarks/results
+
+examples: $(VENV)/built  ## all training examples, one by one, into benchmarks/results/examples (or make example-gpt, -bert, ...)
+	@failed=; for name in $(EXAMPLES); do echo "== $$name"; $(MAKE) --no-print-directory example-$$name || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+example-%: $(VENV)/built
+	$(PY) -m benchmarks.examples.$(subst -,_,$*)
 
 wheel: $(VENV)/installed  ## a wheel in dist/
 	XFORMER_FAST_BUILD=require $(PIP) wheel . --no-build-isolation --no-deps -w dist

@@ -27,6 +27,7 @@ class AttentionCase:
     seqlen_k: int = 0  # 0: as seqlen_q
     causal: bool = False
     window: tuple[int, int] | None = None
+    global_keys: int = 0  # the first keys, seen beside the window
     padded: bool = False  # key_lengths spread evenly over [seqlen_k / 4, seqlen_k]
     alibi: bool = False
     bias: bool = (
@@ -62,7 +63,10 @@ class AttentionCase:
         if self.causal:
             last = torch.minimum(last, position)
         lengths = self.key_lengths or [self.seqlen_k] * self.batch
-        return sum(int((last.clamp(max=n - 1) - first + 1).clamp(min=0).sum()) for n in lengths)
+        inside = sum(int((last.clamp(max=n - 1) - first + 1).clamp(min=0).sum()) for n in lengths)
+        key = torch.arange(self.global_keys)
+        beside = (key < first[:, None]) | ((key > last[:, None]) & (not self.causal))
+        return inside + sum(int((beside & (key < n)).sum()) for n in lengths)
 
 
 _BOTH_DEVICES = ("cpu", "cuda")
@@ -79,6 +83,7 @@ _ATTENTION_CPU = (
     AttentionCase("vit_197", 8, 12, 197, 64, quick=True),
     AttentionCase("swin_bias_49", 64, 3, 49, 32, bias=True, quick=True),
     AttentionCase("window_256_4096", 1, 8, 4096, 64, causal=True, window=(255, 0)),
+    AttentionCase("longformer_512_4096", 1, 12, 4096, 64, window=(256, 256), global_keys=2),
     AttentionCase("alibi_2048", 1, 8, 2048, 64, alibi=True),
     AttentionCase("cross_1024x77_d40", 2, 8, 1024, 40, seqlen_k=77),
     AttentionCase("decode_8192_d128", 1, 32, 1, 128, heads_kv=8, seqlen_k=8192, causal=True, modes=("fwd",)),
@@ -108,6 +113,8 @@ def _attention_gpu() -> Iterator[AttentionCase]:
     for seqlen in (8192, 32768):
         name, batch = f"window_1024_{seqlen // 1024}k_d128", 32768 // seqlen
         yield AttentionCase(name, batch, 16, seqlen, 128, causal=True, window=(1023, 0), quick=seqlen == 8192, **gpu)
+    longformer = {"window": (256, 256), "global_keys": 2}
+    yield AttentionCase("longformer_512_4k_d64", 8, 12, 4096, 64, quick=True, **longformer, **gpu)
     for batch, seqlen in ((1, 32768), (16, 8192), (64, 4096)):
         name = f"decode_b{batch}_{seqlen // 1024}k_d128"
         decode = {"heads_kv": 8, "seqlen_k": seqlen, "causal": True, "modes": ("fwd",)}
@@ -136,6 +143,8 @@ def _attention_inputs(case: AttentionCase, dtype: torch.dtype, device="cpu") -> 
         inputs["causal"] = True
     if case.window:
         inputs["window"] = case.window
+    if case.global_keys:
+        inputs["global_keys"] = case.global_keys
     if case.padded:
         inputs["key_lengths"] = torch.tensor(case.key_lengths, dtype=torch.int32, device=device)
     if case.alibi:

@@ -11,18 +11,22 @@ from typing import Any
 from .attention import ATTENTION, sweep_cases
 from .decode_attention import DECODE
 from .linear_attention import LINEAR_ATTENTION
+from .neighborhood_attention import NEIGHBORHOOD
 from .op import Op
 from .rope import ROPE
+from .sam_attention import SAM_ATTENTION
 from .t5_attention import T5_ATTENTION
 from .window_attention import WINDOW
 
 OPS: dict[str, Op] = {
     "attention": ATTENTION,
     "t5_attention": T5_ATTENTION,
+    "sam_attention": SAM_ATTENTION,
     "decode_attention": DECODE,
     "apply_rope": ROPE,
     "linear_attention": LINEAR_ATTENTION,
     "window_attention": WINDOW,
+    "neighborhood_attention": NEIGHBORHOOD,
 }
 
 

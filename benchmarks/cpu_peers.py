@@ -135,7 +135,7 @@ class OnnxRuntime(OptionalPeer):
             if bias is not None:
                 names.append(feed("bias", bias.expand(case.batch, case.heads, -1, -1).numpy()))
             node = oh.make_node("Attention", names, outputs, scale=scale)
-        elif case.causal and mask is None and not case.alibi and not case.padded:
+        elif case.causal and mask is None and not (case.alibi or case.padded or case.global_keys):
             names = [feed(n, packed(x)) for n, x in (("q", query), ("k", key), ("v", value))] + ["", ""]
             names.append(feed("seqlens", np.full(case.batch, case.seqlen_k - 1, np.int32), TensorProto.INT32))
             names.append(feed("total", np.array(case.seqlen_k, np.int32), TensorProto.INT32))
@@ -195,7 +195,7 @@ class Zentorch(OptionalPeer):
         query, key, value, _, options = split_options(inputs)
         scale = case.head_dim**-0.5
         square = case.seqlen_q == case.seqlen_k
-        if case.window and square and not (case.padded or case.alibi or case.bias):
+        if case.window and square and not (case.global_keys or case.padded or case.alibi or case.bias):
             out = torch.empty_like(query)
             call = functools.partial(
                 torch.ops.zentorch.zentorch_sdpa_attn, query, key, value, out, scale, case.causal, None, *case.window

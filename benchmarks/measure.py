@@ -213,10 +213,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    """The commit, with -dirty where the tree differs from it in more than the results that runs write into it."""
     root = pathlib.Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
     try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+        return commit + ("-dirty" if subprocess.run(changed, capture_output=True).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -1,7 +1,7 @@
 """The plain formula in a case's own dtype, as one would write it in torch: the yardstick for errors and the first peer.
 
-`structure(...)` turns everything a dense mask can say (causal, window, key lengths, ALiBi) into one additive tensor of
-the smallest broadcastable shape, for the peers that know nothing else.
+`structure(...)` turns everything a dense mask can say (causal, window, global keys, lengths, ALiBi) into one additive
+tensor of the smallest broadcastable shape, for the peers that know nothing else.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ def positions(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, tor
     return i[:, None], torch.arange(seqlen_k, device=query.device)
 
 
-def keep_mask(query, key, *, causal=False, window=None, key_lengths=None) -> torch.Tensor | None:
+def keep_mask(query, key, *, causal=False, window=None, global_keys=0, key_lengths=None) -> torch.Tensor | None:
     """Boolean, broadcastable to (batch, heads, seqlen_q, seqlen_k); None when every pair is kept."""
     i, j = positions(query, key)
+    left, right = window or (-1, -1)
+    seen = j < global_keys
     kept = []
     if causal and query.shape[-2] > 1:
         kept.append(j <= i)
-    if window is not None and window[0] >= 0:
-        kept.append(j >= i - window[0])
-    if window is not None and window[1] >= 0:
-        kept.append(j <= i + window[1])
+    if left >= 0:
+        kept.append(seen | (j >= i - left))
+    if right >= 0:
+        kept.append(seen | (j <= i + right))
     keep = None
     for mask in kept:
         keep = mask if keep is None else keep & mask

@@ -137,7 +137,7 @@ class SDPAChunks(Peer):
     name = "sdpa-chunks"
 
     def why_not(self, case, dtype, mode, device):
-        if not case.window or not case.causal or case.padded or case.alibi or case.bias:
+        if not case.window or not case.causal or case.global_keys or case.padded or case.alibi or case.bias:
             return "only for a causal window and nothing else"
         if case.seqlen_q != case.seqlen_k or case.seqlen_q % (case.window[0] + 1) or case.heads != case.heads_kv:
             return "needs as many queries as keys, a length that the window divides, and as many KV heads as heads"
@@ -190,15 +190,18 @@ class Flex(Peer):
         block_mask = None
         if keep_mask(query, key, **options) is not None:
             lengths, (left, right) = options.get("key_lengths"), options.get("window") or (-1, -1)
+            global_keys = options.get("global_keys", 0)
 
             def mask_mod(b, h, i, j):
                 keep = j >= 0
-                if options.get("causal"):
-                    keep = keep & (j <= i + shift)
                 if left >= 0:
                     keep = keep & (j >= i + shift - left)
                 if right >= 0:
                     keep = keep & (j <= i + shift + right)
+                if global_keys:
+                    keep = keep | (j < global_keys)
+                if options.get("causal"):
+                    keep = keep & (j <= i + shift)
                 if lengths is not None:
                     keep = keep & (j < lengths[b])
                 return keep

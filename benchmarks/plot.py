@@ -6,6 +6,7 @@ speedup.png     per case: speed-up over SDPA of xformer_fast and of the best oth
 memory.png      peak memory of a training step against length
 time.png        time of a training step against length
 throughput.png  TFLOP/s against length, per head dim, where the CSV has such families of cases
+map.png         time of a token against the size of a map, of neighborhood attention
 A plot whose rows are not in the CSV is left out.
 """
 
@@ -62,6 +63,11 @@ def _is_length(row: Row) -> bool:
     return re.fullmatch(r"length_\d+", row["case"]) is not None
 
 
+def _map_tokens(row: Row) -> int | None:
+    match = re.fullmatch(r"map_(\d+)", row["case"])
+    return int(match[1]) ** 2 if match else None
+
+
 def _ours(row: Row) -> bool:
     return row["peer"].split(":")[0] == "xformer_fast"
 
@@ -80,7 +86,8 @@ def _title(figure, title: str, rows: list[Row]) -> None:
 
 def speedup(rows: list[Row], path: pathlib.Path) -> bool:
     """Horizontal bars, one panel a mode and dtype: over SDPA, or the best peer of an op that SDPA does not have."""
-    rows = [row for row in rows if not _is_length(row) and (row["vs_sdpa"] or row["vs_best_peer"])]
+    rows = [row for row in rows if not (_is_length(row) or _map_tokens(row))]
+    rows = [row for row in rows if row["vs_sdpa"] or row["vs_best_peer"]]
     ours: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if _ours(row):
@@ -172,6 +179,30 @@ def over_length(rows: list[Row], path: pathlib.Path, *, column: str, label: str,
     return True
 
 
+def over_map(rows: list[Row], path: pathlib.Path) -> bool:
+    """Time of a token against the tokens of a map, one panel a mode and dtype."""
+    rows = [row for row in rows if _map_tokens(row)]
+    panels = list(dict.fromkeys((row["mode"], row["dtype"]) for row in rows))
+    if not panels:
+        return False
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels) + 1, 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (mode, dtype) in zip(axes[0], panels, strict=True):
+        chosen = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
+        _lines(axis, chosen, _map_tokens, lambda row: 1e3 * row["ms"] / _map_tokens(row))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_xlabel("tokens of the map")
+        axis.set_ylabel("µs a token")
+        axis.set_title(f"{MODE_TITLE[mode]}, {dtype}", fontsize=9)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    _title(figure, "Neighborhood attention, kernel 7 x 7: time of a token", rows)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return True
+
+
 def throughput(rows: list[Row], path: pathlib.Path) -> bool:
     """TFLOP/s of families of cases called <kind>_<n>k_d<head_dim>, forward and training step."""
     families: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -216,6 +247,7 @@ def draw(csv_paths: list[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Pa
         ),
         "time.png": lambda path: over_length(rows, path, column="ms", label="ms", title=f"Time {step}"),
         "throughput.png": lambda path: throughput(rows, path),
+        "map.png": lambda path: over_map(rows, path),
     }
     return [folder / name for name, plot in drawn.items() if plot(folder / name)]
 
@@ -226,6 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the plots (default: beside the CSV)")
     args = parser.parse_args()
     folders = sorted(path for path in args.csv.iterdir() if path.is_dir()) if args.csv.is_dir() else []
+    folders = [path for path in folders if path.name != "examples"]  # these draw their own
     for paths in [sorted(folder.glob("*.csv")) for folder in folders] or [[args.csv]]:
         for plot in draw(paths, args.out or paths[0].parent):
             print(plot)

@@ -20,6 +20,7 @@ from .attention import AttentionCase
 from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
 from .naive import keep_mask
+from .neighborhood_attention import NeighborhoodCase
 from .op import DTYPES
 from .peers import SDPA, Naive, Peer, Prepared, SDPAChunks, XformerFast
 from .run import COLUMNS, CsvSink, Settings, bench, failures, peers_of
@@ -117,7 +118,7 @@ def test_every_peer_is_right_or_says_why():
 def test_kept_pairs_counts_the_mask():
     for case in (SMALL, *map(tiny, select("attention")), *map(tiny, select("attention", device="cuda"))):
         inputs = OPS["attention"].inputs(case, torch.float32)
-        options = {name: inputs[name] for name in ("causal", "window", "key_lengths") if name in inputs}
+        options = {name: inputs[name] for name in ("causal", "window", "global_keys", "key_lengths") if name in inputs}
         keep = keep_mask(inputs["query"], inputs["key"], **options)
         dense = torch.ones(case.batch, 1, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
         assert case.kept_pairs() == int((dense if keep is None else dense & keep).sum())
@@ -151,19 +152,46 @@ def test_chunked_sdpa_is_the_window():
     assert [row["status"] for row in rows] == ["ok", "ok"]
 
 
+@pytest.mark.parametrize(
+    "neighborhoods",
+    [
+        NeighborhoodCase("tiny", (9, 10), (3, 4), batch=2, heads=2, head_dim=8, dilation=2, bias=True),
+        NeighborhoodCase("tiny", (30,), (7,), head_dim=8, dilation=3, causal=True),
+        NeighborhoodCase("tiny", (4, 6, 5), (3, 3, 2), heads=1, head_dim=8, bias=True, causal=True),
+    ],
+    ids=lambda case: case.shape,
+)
+def test_neighborhoods(neighborhoods):
+    """The truth over gathered neighbours is the reference's, pairs are counted as it sees them, peers are right."""
+    op, case = OPS["neighborhood_attention"], neighborhoods
+    options = ((option,) * len(case.space) for option in (case.dilation, case.causal))
+    inputs = op.inputs(case, torch.float64)
+    torch.testing.assert_close(op.call(reference, inputs), reference.neighborhood_attention(**inputs))
+    seen, _ = reference.neighborhoods(case.space, case.kernel, *options, "cpu")
+    assert case.kept_pairs() == case.batch * int(seen.sum())
+    peers = [peer for peer in peers_of("neighborhood_attention", "cpu") if peer.name != "flex"]  # compiles
+    rows = bench(
+        "neighborhood_attention", [case], dtypes=["float32"], peers=peers, settings=Settings(seconds=0), show=False
+    )
+    assert [row["status"] for row in rows] == ["ok"] * 2 * len(peers), rows
+
+
 def test_plots_are_drawn_from_the_csv_alone(tmp_path):
     path = tmp_path / "results.csv"
     sink = CsvSink(path)
     peers = [XformerFast("attention"), Naive(), SDPA()]
     for cases in ([SMALL], sweep_cases((16, 32))):
         bench("attention", cases, peers=peers, settings=Settings(seconds=0), on_rows=sink, show=False)
+    maps = [NeighborhoodCase(f"map_{n}", (n, n), (3, 3), heads=1, head_dim=4) for n in (4, 8)]
+    peers = peers_of("neighborhood_attention", "cpu")[:3]
+    bench("neighborhood_attention", maps, peers=peers, settings=Settings(seconds=0), on_rows=sink, show=False)
     sink.close()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
     assert all(row["device"] and row["commit"] and row["torch"] and row["date"] for row in rows)
     drawn = {p.name for p in plot.draw([path], tmp_path)}
-    assert {"speedup.png", "memory.png", "time.png"} <= drawn
+    assert {"speedup.png", "memory.png", "time.png", "map.png"} <= drawn
 
 
 def test_unknown_case_names_those_there_are():

@@ -3,7 +3,8 @@
 A program owns BLOCK_M queries of one head and walks the key blocks that they see, keeping a running maximum and sum
 (online softmax: Milakov and Gimelshein 2018; FlashAttention-2: Dao 2023). Blocks that every query sees whole take a
 loop without position tests; blocks outside causal limit, window and key length are never read. Programs of one head are
-neighbours, so that its keys stay in L2, and those with the most keys start first. A sink is a running sum that starts
+neighbours, so that its keys stay in L2, and those with the most keys start first. Global keys, gathered, are a third
+loop, of what is outside the window. A sink is a running sum that starts
 at exp(sink). Where a gradient wants it, the residual keeps what rounding takes from out, and EXACT multiplies half-
 precision weights as two numbers each.
 
@@ -17,16 +18,19 @@ import triton.language as tl
 from ..ops.attention_operator import empty_residual, in_order_of
 from .attention_scores import (
     LENGTHS,
+    WHOLE,
     Problem,
     base_of,
-    block_at,
-    dropout,
+    block_count,
+    columns_at,
+    dropout_of_pass,
     head_terms,
-    is_visible,
+    load_keys,
     place_of,
     scores,
     view,
     visible_blocks,
+    visible_in_pass,
 )
 from .common import LOG2E, dot, launch_context, load_tile, store_tile
 
@@ -34,29 +38,30 @@ from .common import LOG2E, dot, launch_context, load_tile, store_tile
 @triton.jit
 def _attend(
     acc, row_max, row_sum, query, key_base, value_base, key_stride, value_stride, rows, blocks, length_q, key_limit,
-    shift, scale, own, left, right, stream, terms,
+    shift, scale, own, left, right, batch, stream, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PLAIN: tl.constexpr, EXACT: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the key blocks that are seen whole, or (EDGE) in part."""
-    for i in range(blocks[5] if EDGE else blocks[1]):
-        start_n = block_at(i, blocks, EDGE) * BLOCK_N
-        columns = start_n + tl.arange(0, BLOCK_N)
-        key = load_tile(key_base, key_stride, start_n, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    """The online softmax over the blocks of keys of a pass."""
+    for i in range(block_count(blocks, terms, PASS, BLOCK_N)):
+        start_n, columns = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
+        key = load_keys(key_base, key_stride, start_n, columns, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
         products = dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         if PLAIN:  # scale > 0 and no other term: the maximum comes before the scale, which then joins an FMA
-            if EDGE:
-                visible = is_visible(rows[:, None], columns[None, :], shift, key_limit, left, right)
+            if PASS != WHOLE:
+                visible = visible_in_pass(
+                    rows[:, None], columns[None, :], shift, key_limit, left, right, own, terms, PASS
+                )
                 products = tl.where(visible, products, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
         else:
             s, _ = scores(
                 products, rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left, right, terms,
-                EDGE,
+                PASS,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(s, 1))
         finite_max = new_max
-        if EDGE or terms.mask is not None:
+        if PASS != WHOLE or terms.mask is not None:
             finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         if PLAIN:
             weights = tl.exp2(products * scale - finite_max[:, None])
@@ -65,8 +70,8 @@ def _attend(
         correction = tl.exp2(row_max - finite_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
-        weights = dropout(weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=False)
-        value = load_tile(value_base, value_stride, start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE)
+        weights = dropout_of_pass(weights, rows, columns, start_n, stream, terms, BLOCK_N, False, PASS)
+        value = load_keys(value_base, value_stride, start_n, columns, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS)
         rounded = weights.to(value.dtype)
         acc = dot(rounded, value, acc * correction[:, None])  # [BLOCK_M, BLOCK_DV]
         if EXACT:
@@ -109,11 +114,11 @@ def attention_forward_kernel(
         row_max = tl.zeros([BLOCK_M], tl.float32) + sink
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
     blocks = visible_blocks(start_m, last, shift, key_limit, window_left, window_right, BLOCK_N)
-    for EDGE in tl.static_range(2):
+    for PASS in tl.static_range(2 if terms.global_keys is None else 3):
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, query_tile, key_base, value_base, key.strides[2], value.strides[2], rows, blocks,
-            length_q, key_limit, shift, scale, own, window_left, window_right, stream, terms,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EXACT, EDGE,
+            length_q, key_limit, shift, scale, own, window_left, window_right, batch, stream, terms,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PLAIN, EXACT, PASS,
         )  # fmt: skip
 
     empty = row_sum == 0.0

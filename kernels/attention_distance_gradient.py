@@ -5,14 +5,15 @@ same places, so it adds them up as they are, and only then sums the one tile alo
 by r.
 A tile of size n holds 2n - 1 distances, half of which its neighbour holds too: two vectors a (batch, head), one for
 distances from the tile's own first on and one for those below, are added by torch, and so are batches. Memory is a few
-numbers a distance; the same call gives the same bits.
+numbers a distance; the same call gives the same bits. Of tiles outside the window those that hold a global key count.
 """
 
 import triton
 import triton.language as tl
 
-from .attention_scores import LENGTHS, base_of, dropout, head_terms, place_of, scores, statistics_of
-from .common import dot, load_tile
+from .attention_global import any_global
+from .attention_scores import LENGTHS, base_of, head_terms, place_of, statistics_of, tile_gradient
+from .common import load_tile
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "count"])
@@ -40,31 +41,33 @@ def attention_distance_gradient_kernel(
     distance = diagonal * BLOCK - shift  # of a tile's first query and first key
     begin = tl.maximum(0, -diagonal)
     end = tl.minimum(tl.cdiv(length_q, BLOCK), tl.cdiv(key_limit, BLOCK) - diagonal)
+    outside = False
     if window_left is not None:
-        end = tl.where(distance + BLOCK <= -window_left, begin, end)
+        outside = outside | (distance + BLOCK <= -window_left)
     if window_right is not None:
-        end = tl.where(distance - BLOCK >= window_right, begin, end)
+        outside = outside | (distance - BLOCK >= window_right)
+    if terms.global_slots is None:
+        end = tl.where(outside, begin, end)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for tile in range(begin, end):
         start_m, start_n = tile * BLOCK, (tile + diagonal) * BLOCK
         rows, columns = start_m + tl.arange(0, BLOCK), start_n + tl.arange(0, BLOCK)
-        query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK, BLOCK_D, True)
-        grad_out_tile = load_tile(
-            grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK, BLOCK_DV, True
-        )
-        key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK, BLOCK_D, True)
-        value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK, BLOCK_DV, True)
-        lse = tl.load(lse_base + rows)
-        delta = tl.load(lse_base + statistics.delta + rows)
-        s, _ = scores(
-            dot(query_tile, tl.trans(key_tile)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale,
-            own, window_left, window_right, terms, EDGE=True,
-        )  # fmt: skip
-        grad_weights = dot(grad_out_tile, tl.trans(value_tile))
-        if terms.dropout_seed is not None:
-            grad_weights = dropout(grad_weights, rows, start_n, stream, terms, BLOCK, TRANSPOSED=False)
-            grad_weights *= terms.dropout_scale
-        acc += tl.exp2(s - lse[:, None]) * (grad_weights - delta[:, None])
+        seen = True
+        if terms.global_slots is not None:
+            seen = not outside or any_global(columns, key_limit, own)
+        if seen:
+            query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK, BLOCK_D, True)
+            grad_out_tile = load_tile(
+                grad_out_base, grad_out.strides[2], start_m, length_q, HEAD_DIM_V, BLOCK, BLOCK_DV, True
+            )
+            key_tile = load_tile(key_base, key.strides[2], start_n, key_limit, HEAD_DIM, BLOCK, BLOCK_D, True)
+            value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK, BLOCK_DV, True)
+            lse = tl.load(lse_base + rows)
+            delta = tl.load(lse_base + statistics.delta + rows)
+            acc += tile_gradient(
+                query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
+                length_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
+            )  # fmt: skip
 
     row, k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)
     rotated = tl.gather(acc, (row + k[None, :]) % BLOCK, 1)  # [row][k] is distance k, or k - BLOCK past the end

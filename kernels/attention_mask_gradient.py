@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_scores import LENGTHS, base_of, dropout, head_terms, key_limit_of, scores, visible_blocks
-from .common import dot, load_tile
+from .attention_global import any_global
+from .attention_scores import LENGTHS, base_of, head_terms, key_limit_of, tile_gradient, visible_blocks
+from .common import load_tile
 
 PROGRAMS = 1024  # as many as keep any GPU busy; fewer mask tiles than that are split
 
@@ -47,6 +48,9 @@ def attention_mask_gradient_kernel(
         value_base = base_of(value, batch, kv_head, 0)
         lse_base = statistics.ptr + stream.to(tl.int64) * statistics.stride
         own = head_terms(terms, batch, head)
+        if terms.global_slots is not None:
+            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            has_global = any_global(columns, key_limit, own)
         for start_m in range(first_row, end_row, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
             last = tl.minimum(start_m + BLOCK_M, rows_q) - 1
@@ -56,6 +60,9 @@ def attention_mask_gradient_kernel(
             if not ONE_COLUMN:
                 begin = tl.maximum(begin, tile_n)
                 end = tl.minimum(end, tile_n + 1)
+            if terms.global_slots is not None:  # a mask with a gradient has all keys: the tile is one of theirs
+                begin = tl.where(has_global, tile_n, begin)
+                end = tl.where(has_global, tile_n + 1, end)
             query_tile = load_tile(query_base, query.strides[2], start_m, rows_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             grad_out_tile = load_tile(
                 grad_out_base, grad_out.strides[2], start_m, rows_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True
@@ -69,15 +76,10 @@ def attention_mask_gradient_kernel(
                 value_tile = load_tile(
                     value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
                 )
-                s, _ = scores(
-                    dot(query_tile, tl.trans(key_tile)), rows[:, None], columns[None, :], rows_q, key_limit, shift,
-                    scale, own, window_left, window_right, terms, EDGE=True,
+                acc += tile_gradient(
+                    query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
+                    rows_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
                 )  # fmt: skip
-                grad_weights = dot(grad_out_tile, tl.trans(value_tile))
-                if terms.dropout_seed is not None:
-                    grad_weights = dropout(grad_weights, rows, start_n, stream, terms, BLOCK_N, TRANSPOSED=False)
-                    grad_weights *= terms.dropout_scale
-                acc += tl.exp2(s - lse[:, None]) * (grad_weights - delta[:, None])
 
     mask_rows = 1 if ONE_ROW else rows_q
     mask_columns = 1 if ONE_COLUMN else rows_k

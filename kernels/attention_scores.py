@@ -1,9 +1,11 @@
 """What attention's forward and backward kernels share: problem description, scores, visible blocks, tile sizes.
 
-A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + bias[j - p_i] + mask, with p_i = i + shift; every
-exponential is then one exp2. A key j is visible to query i if p_i - left <= j <= p_i + right and j < key_limit; causal
-attention is the case right = 0. A term that is absent is None, and its code is compiled out. Lengths and windows are
-run-time numbers that Triton does not specialise on: a new length does not recompile.
+A score, in units of log2: s = cap(q·k · scale) - slope·|p_i - j| + bias[j - p_i] + row_bias[j / map_columns] +
+column_bias[j % map_columns] + mask, with p_i = i + shift; every exponential is then one exp2. A key j is visible to
+query i if p_i - left <= j <= p_i + right and j < key_limit; causal attention is the case right = 0. Global keys, which
+are visible beside the window, are a pass of their own (attention_global.py). A term that is absent is None, and its
+code is compiled out. Lengths and windows are run-time numbers that Triton does not specialise on: a new length does not
+recompile.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRET, LOG2E, architecture, block_width, keep_bits, tanh
+from .attention_global import gather_tile, gathered_dropout, global_columns, is_beside_window, is_global, unique_keys
+from .common import INTERPRET, LOG2E, architecture, block_width, dot, keep_bits, load_tile, tanh
 
+# Passes over blocks of keys: seen whole by every query, in part, global keys outside the window, in part or global.
+WHOLE, EDGE, GLOBAL, EDGE_OR_GLOBAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LENGTHS = ["rows_q", "rows_k", "max_rows_q", "max_rows_k", "window_left", "window_right"]  # never specialised on
 
 
@@ -37,7 +42,18 @@ class Terms(NamedTuple):
     distance_bias: Any  # (head, distance)
     distance_stride: Any
     distance_offset: Any  # of distance 0
+    row_bias: Any  # (batch, head, query, row of the map)
+    row_bias_strides: Any
+    column_bias: Any
+    column_bias_strides: Any
+    map_columns: Any
     sinks: Any
+    global_keys: Any  # (batch, place), see attention_global.py
+    global_stride: Any
+    global_count: Any
+    global_after: Any  # 1: those after the window are visible too
+    global_slots: Any  # (batch, key), for the backward
+    slots_stride: Any
     dropout_seed: Any
     dropout_threshold: Any  # 32 random bits keep an element if they are >= it
     dropout_scale: Any  # of what is kept
@@ -96,13 +112,44 @@ def visible_blocks(first, last, shift, limit, left, right, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_at(i, blocks, EDGE: tl.constexpr):
+def block_count(blocks, terms, PASS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of keys in a pass."""
+    if PASS == GLOBAL:
+        return tl.cdiv(terms.global_count, BLOCK_N)
+    else:
+        return blocks[5] if PASS == EDGE else blocks[1]
+
+
+@triton.jit
+def block_at(i, blocks, PASS: tl.constexpr):
     """The i-th of the blocks seen whole, or in part."""
     full_begin, _, begin, before, after, _ = blocks
-    if EDGE:
+    if PASS == EDGE:
         return tl.where(i < before, begin + i, after - before + i)
     else:
         return full_begin + i
+
+
+@triton.jit
+def columns_at(i, blocks, batch, key_limit, terms, PASS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first key, keys) of the i-th block of keys in a pass; global keys have no first one."""
+    start_n = block_at(i, blocks, PASS) * BLOCK_N
+    columns = start_n + tl.arange(0, BLOCK_N)
+    if PASS == GLOBAL:
+        columns = global_columns(i, batch, key_limit, terms, BLOCK_N)
+    return start_n, columns
+
+
+@triton.jit
+def load_keys(
+    base, stride, start_n, columns, key_limit, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    PASS: tl.constexpr,
+):  # fmt: skip
+    """Rows of key or value at what columns_at has returned."""
+    if PASS == GLOBAL:
+        return gather_tile(base, stride, columns, columns < key_limit, WIDTH, BLOCK)
+    else:
+        return load_tile(base, stride, start_n, key_limit, WIDTH, BLOCK_N, BLOCK, PASS == EDGE)
 
 
 @triton.jit
@@ -113,6 +160,39 @@ def is_visible(rows, columns, shift, key_limit, left, right):
     if left is not None:
         visible = visible & (columns >= rows + shift - left)
     return visible
+
+
+@triton.jit
+def visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS: tl.constexpr):
+    """Which pairs of a block count in a pass that does not see it whole."""
+    if PASS == GLOBAL:
+        return is_beside_window(rows, columns, shift, key_limit, left, right, terms)
+    else:
+        visible = is_visible(rows, columns, shift, key_limit, left, right)
+        if PASS == EDGE_OR_GLOBAL and terms.global_slots is not None:
+            beside = is_beside_window(rows, columns, shift, key_limit, left, right, terms)
+            visible = visible | (beside & is_global(columns, key_limit, own))
+        return visible
+
+
+@triton.jit
+def tile_gradient(
+    query, grad_out, key, value, lse, delta, rows, columns, start_n, key_limit, length_q, shift, scale, own, left,
+    right, stream, terms, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """dS [rows, columns] of keys from start_n on, before the soft cap, for biases. ALIGNED: start_n % 4 is 0."""
+    s, _ = scores(
+        dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left, right,
+        terms, EDGE_OR_GLOBAL,
+    )  # fmt: skip
+    grad_weights = dot(grad_out, tl.trans(value))
+    if terms.dropout_seed is not None:
+        if ALIGNED:
+            grad_weights = dropout(grad_weights, rows, start_n, stream, terms, columns.shape[0], TRANSPOSED=False)
+        else:
+            grad_weights = gathered_dropout(grad_weights, rows[:, None], columns[None, :], stream, terms)
+        grad_weights *= terms.dropout_scale
+    return tl.exp2(s - lse[:, None]) * (grad_weights - delta[:, None])
 
 
 @triton.jit
@@ -127,8 +207,9 @@ def place_of(stream, heads, rows_q, rows_k, terms, TOP_LEFT: tl.constexpr):
 
 @triton.jit
 def head_terms(terms, batch, head):
-    """What of the terms belongs to one head: (mask pointer, ALiBi slope, pointer to distance 0 of its bias)."""
-    mask, slope, bias = 0, 0.0, 0
+    """What of the terms belongs to one head: (mask pointer, ALiBi slope, pointers to distance 0 of its bias, to its
+    numbers of map rows and of map columns, to the places of global keys)."""
+    mask, slope, bias, row_bias, column_bias, slots = 0, 0.0, 0, 0, 0, 0
     if terms.mask is not None:
         strides = terms.mask_strides
         mask = terms.mask + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
@@ -136,17 +217,23 @@ def head_terms(terms, batch, head):
         slope = tl.load(terms.alibi_slopes + batch * terms.alibi_batch_stride + head).to(tl.float32)
     if terms.distance_bias is not None:
         bias = terms.distance_bias + head.to(tl.int64) * terms.distance_stride + terms.distance_offset
-    return mask, slope, bias
+    if terms.row_bias is not None:
+        of_rows, of_columns = terms.row_bias_strides, terms.column_bias_strides
+        row_bias = terms.row_bias + batch.to(tl.int64) * of_rows[0] + head.to(tl.int64) * of_rows[1]
+        column_bias = terms.column_bias + batch.to(tl.int64) * of_columns[0] + head.to(tl.int64) * of_columns[1]
+    if terms.global_slots is not None:
+        slots = terms.global_slots + batch.to(tl.int64) * terms.slots_stride
+    return mask, slope, bias, row_bias, column_bias, slots
 
 
 @triton.jit
-def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left, right, terms, EDGE: tl.constexpr):
+def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left, right, terms, PASS: tl.constexpr):
     """(scores in log2 units, -inf where masked; tanh of the soft cap, else the products).
 
-    `products` are q·k; `rows` and `columns` broadcast against them in either orientation. EDGE: some keys of the tile
-    are not visible. `scale` includes log2(e), or 1/softcap where a cap follows.
+    `products` are q·k; `rows` and `columns` broadcast against them in either orientation. `scale` includes log2(e), or
+    1/softcap where a cap follows.
     """
-    mask, slope, bias = own
+    mask, slope, bias, row_bias, column_bias, _ = own
     bent = products
     s = products * scale
     if terms.softcap is not None:
@@ -157,6 +244,12 @@ def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left
     if terms.distance_bias is not None:
         inside = (rows < length_q) & (columns < key_limit)
         s += tl.load(bias + (columns - rows - shift), mask=inside, other=0.0) * LOG2E
+    if terms.row_bias is not None:
+        inside = (rows < length_q) & (columns < key_limit)
+        map_row, map_column = columns // terms.map_columns, columns % terms.map_columns
+        s += tl.load(row_bias + rows.to(tl.int64) * terms.row_bias_strides[2] + map_row, mask=inside, other=0.0) * LOG2E
+        of_column = column_bias + rows.to(tl.int64) * terms.column_bias_strides[2] + map_column
+        s += tl.load(of_column, mask=inside, other=0.0) * LOG2E
     if terms.mask is not None:
         strides = terms.mask_strides
         pointers = mask + rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]
@@ -165,8 +258,9 @@ def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left
             s = tl.where(added != 0, s, float("-inf"))
         else:
             s += added.to(tl.float32) * LOG2E
-    if EDGE:
-        s = tl.where(is_visible(rows, columns, shift, key_limit, left, right), s, float("-inf"))
+    if PASS != WHOLE:
+        visible = visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS)
+        s = tl.where(visible, s, float("-inf"))
     return s, bent
 
 
@@ -187,6 +281,20 @@ def dropout(values, rows, first_column, stream, terms, BLOCK_N: tl.constexpr, TR
     else:
         keep = keep_bits(terms.dropout_seed, terms.dropout_threshold, stream, rows, first_column, BLOCK_N, TRANSPOSED)
         return tl.where(keep, values, 0.0)
+
+
+@triton.jit
+def dropout_of_pass(
+    values, rows, columns, first_column, stream, terms, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PASS: tl.constexpr,
+):  # fmt: skip
+    if PASS == GLOBAL:
+        if TRANSPOSED:
+            return gathered_dropout(values, rows[None, :], columns[:, None], stream, terms)
+        else:
+            return gathered_dropout(values, rows[:, None], columns[None, :], stream, terms)
+    else:
+        return dropout(values, rows, first_column, stream, terms, BLOCK_N, TRANSPOSED)
 
 
 class Statistics(NamedTuple):
@@ -294,7 +402,8 @@ class Problem:
 
     def __init__(
         self, query, key, value, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks,
-        dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right,
+        dropout_seed, global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal,
+        window_left, window_right,
     ):  # fmt: skip
         packed = cu_seqlens_q is not None
         self.device, self.dtype = query.device, query.dtype
@@ -315,7 +424,14 @@ class Problem:
         self.window_right = min(window_right, longest) if window_right >= 0 else None
         if causal:
             self.window_right = 0
-        self.plain = scale > 0 and not softcap and all(t is None for t in (mask, alibi_slopes, distance_bias))
+        self.plain = scale > 0 and not softcap and all(t is None for t in (mask, alibi_slopes, distance_bias, rel_h))
+        if rel_h is not None:
+            rel_h, rel_w = (rel if rel.stride(-1) == 1 else rel.contiguous() for rel in (rel_h, rel_w))
+        after = not causal and self.window_right is not None
+        if global_keys is not None and (global_keys.numel() == 0 or not (after or self.window_left is not None)):
+            global_keys = None  # no window to be beside of
+        if global_keys is not None:
+            global_keys = unique_keys(global_keys, self.rows_k)
         dropped = dropout_p > 0
         self.terms = Terms(
             mask=mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
@@ -328,7 +444,18 @@ class Problem:
             distance_bias=distance_bias,
             distance_stride=None if distance_bias is None else distance_bias.shape[1],
             distance_offset=None if distance_bias is None else (max_seqlen_q if self.top_left else max_seqlen_k) - 1,
+            row_bias=rel_h,
+            row_bias_strides=None if rel_h is None else rel_h.stride()[:3],
+            column_bias=rel_w,
+            column_bias_strides=None if rel_w is None else rel_w.stride()[:3],
+            map_columns=None if rel_w is None else rel_w.shape[3],
             sinks=sinks,
+            global_keys=global_keys,
+            global_stride=None if global_keys is None else batch_stride(global_keys),
+            global_count=None if global_keys is None else global_keys.shape[1],
+            global_after=1 if after else None,
+            global_slots=None,
+            slots_stride=None,
             dropout_seed=dropout_seed if dropped else None,
             dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1) if dropped else None,
             dropout_scale=(1 / (1 - dropout_p) if dropout_p < 1 else 0.0) if dropped else 1.0,
@@ -341,8 +468,14 @@ class Problem:
                 return INTERPRETER_TILE._replace(block_m=INTERPRETER_TILE.block_n)
             return None if kernel == "grad_value" and self.head_dim_bucket < 256 else INTERPRETER_TILE
         if self.dtype == torch.float32:
-            return FLOAT32_TILES.get((kernel, self.head_dim_bucket))
-        return TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
+            tile = FLOAT32_TILES.get((kernel, self.head_dim_bucket))
+        else:
+            tile = TILES.get((kernel, self.head_dim_bucket, architecture(self.device)))
+        if tile is not None and self.terms.row_bias is not None:  # two gathered numbers a score take registers
+            smaller = {"forward": "block_n", "grad_query": "block_n", "grad_key": "block_m", "grad_value": "block_m"}
+            if side := smaller.get(kernel):
+                tile = tile._replace(**{side: max(16, getattr(tile, side) // 2)})
+        return tile
 
     def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:
         """Launches of the key-gradient kernel: one for both sums, or one each where the table has a grad_value row."""
@@ -367,6 +500,11 @@ def view(tensor: torch.Tensor) -> View:
         tensor = tensor.contiguous()
     strides = tensor.stride()
     return View(tensor, strides[:3] if len(strides) == 4 else (0, strides[1], strides[0]))
+
+
+def batch_stride(table: torch.Tensor) -> int:
+    """Of a table with a row a batch, or one row for all."""
+    return table.stride(0) if table.shape[0] > 1 else 0
 
 
 def broadcast_strides(mask: torch.Tensor) -> tuple:

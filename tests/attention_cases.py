@@ -45,13 +45,17 @@ LAYOUTS = [
 PACKED_LAYOUTS = ["contiguous", "packed", "heads_first", "strided", "offset"]
 OPTIONS = [
     "mask", "causal", "window", "key_lengths", "alibi_slopes", "sinks", "softcap", "dropout_p", "return_lse", "rope",
-    "relative_bias", "scale", "aux_grad",
+    "relative_bias", "scale", "aux_grad", "global_keys", "decomposed_bias",
 ]  # fmt: skip
+
+
+DENSE_ONLY = ("mask", "global_keys", "decomposed_bias")
 
 
 @dataclass
 class Case:
-    """One call. `tensors`: the float inputs by name ("relative_bias" is its table); `options`: everything else."""
+    """One call. `tensors`: the float inputs by name ("relative_bias" is its table, "rel_h" and "rel_w" are
+    `decomposed_bias`); `options`: everything else."""
 
     name: str
     dtype: torch.dtype
@@ -91,7 +95,7 @@ def draw(seed: int, dtype: torch.dtype, *, packed=False, small=False, long=False
     torch.manual_seed(seed)
     chosen = [name for name in (OPTIONS if options is None else options) if rng.random() < rate]
     if packed:
-        chosen = [name for name in chosen if name != "mask"]
+        chosen = [name for name in chosen if name not in DENSE_ONLY]
     heads, kv_heads = rng.choice(HEADS)
     dim = rng.choice(HEAD_DIMS)
     dim_v = dim if rng.random() < 0.7 else rng.choice(HEAD_DIMS)
@@ -170,6 +174,10 @@ def _draw_options(case: Case, rng, chosen, batch, heads, lengths_k, len_q, len_k
     top_left = options.get("causal") == "top_left"
     if "window" in chosen:
         options["window"] = (rng.choice([-1, 0, 3, 31, 100]), rng.choice([-1, 0, 2, 40]))
+    if "global_keys" in chosen:
+        if rng.random() < 0.8:
+            options.setdefault("window", (rng.choice([0, 3, 31]), rng.choice([0, 2, 40])))
+        options["global_keys"] = draw_global_keys(rng, batch, len_k)
     if "key_lengths" in chosen:
         lengths = torch.tensor([rng.choice([0, n, rng.randint(0, n)]) for n in lengths_k])
         options["key_lengths"] = lengths.to(rng.choice([torch.int32, torch.int64]))
@@ -198,8 +206,14 @@ def _draw_options(case: Case, rng, chosen, batch, heads, lengths_k, len_q, len_k
         else:
             t5 = {"bidirectional": rng.random() < 0.5, "max_distance": rng.choice([20, 128])}
             tensors["relative_bias"], options["relative_bias"] = torch.randn(rng.choice([8, 32]), heads), ("t5", t5)
+    if "decomposed_bias" in chosen:
+        rows = rng.choice([n for n in range(1, len_k + 1) if len_k % n == 0])
+        tensors["rel_h"], tensors["rel_w"] = (
+            torch.randn(batch, heads, len_q, n).to(aux_dtype) for n in (rows, len_k // rows)
+        )
     if "aux_grad" not in chosen:
-        case.frozen = {name for name in ("mask", "alibi_slopes", "sinks", "relative_bias") if rng.random() < 0.3}
+        learned = ("mask", "alibi_slopes", "sinks", "relative_bias", "rel_h", "rel_w")
+        case.frozen = {name for name in learned if rng.random() < 0.3}
 
 
 def poison_padding(case: Case):
@@ -214,6 +228,16 @@ def poison_padding(case: Case):
                 tensor[b, :, length:] = math.nan
             else:
                 tensor[starts[b] + length : starts[b + 1]] = math.nan
+
+
+def draw_global_keys(rng, batch, len_k):
+    """A count, or indices with gaps and repetitions."""
+    count = rng.choice([0, 1, 2, 5, 40])
+    kind = rng.choice(["count", "shared", "own", "own"])
+    if kind == "count":
+        return count
+    shape = (count,) if kind == "shared" else (batch, count)
+    return torch.randint(-1, len_k, shape).to(rng.choice([torch.int32, torch.int64]))
 
 
 def draw_mask(rng, batch, heads, len_q, len_k, dtype) -> Tensor:
@@ -276,6 +300,8 @@ def arguments(case: Case, tensors: dict[str, Tensor], exact: bool) -> dict:
         kind, options = case.options["relative_bias"]
         make = xformer_fast.DistanceBias if kind == "distance" else xformer_fast.T5Bias
         keywords["relative_bias"] = make(tensors["relative_bias"], **options)
+    if "rel_h" in tensors:
+        keywords["decomposed_bias"] = keywords.pop("rel_h"), keywords.pop("rel_w")
     return keywords
 
 
@@ -384,8 +410,8 @@ def check(case: Case, results: dict, truth: dict, naive: dict, context=""):
 
 
 def _cancelled_magnitudes(case: Case) -> dict[str, float]:
-    """Sizes of what cancels to nothing: an lse around 0; a row's dS, which sum to 0 without a sink, where a mask is
-    constant along the keys, and where a row has one key."""
+    """Sizes of what cancels to nothing: an lse around 0; a query's dS, which sum to 0 without a sink, where a mask is
+    constant along the keys, where it sees keys of one row or column of the map, and where it sees one key."""
     sizes = {"lse": 1.0}
     query, key, value = (case.tensors[n].double().nan_to_num(0) for n in ("query", "key", "value"))
     if "sinks" in case.tensors or not query.numel() or not key.numel():
@@ -395,23 +421,28 @@ def _cancelled_magnitudes(case: Case) -> dict[str, float]:
     term /= 1.0 - case.options.get("dropout_p", 0.0)
     if (mask := case.tensors.get("mask")) is not None and mask.shape[-1] == 1 < key.shape[-2]:
         sizes["grad_mask"] = term * query.shape[0] * query.shape[1] * query.shape[2] / mask.numel()
-    if not _some_row_sees_one_key(case):
+    visible = _visible_keys(case)
+    if "rel_h" in case.tensors:
+        seen = visible.unflatten(3, [case.tensors[name].shape[3] for name in ("rel_h", "rel_w")])
+        sizes |= {f"grad_{n}": term for n, axis in (("rel_h", 4), ("rel_w", 3)) if (seen.any(axis).sum(3) == 1).any()}
+    if not (visible.sum(-1) == 1).any():
         return sizes
     sizes |= {"grad_query": term * scale * key.abs().max().item(), "grad_key": term * scale * query.abs().max().item()}
     sizes["grad_alibi_slopes"] = term * max(query.shape[-2], key.shape[-2])  # distances
     return {**dict.fromkeys(("grad_mask", "grad_relative_bias"), term), **sizes}
 
 
-def _some_row_sees_one_key(case: Case) -> bool:
-    """Equal scores have an lse of the logarithm of their number."""
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal", "window", "key_lengths")
-    options = {name: case.options[name] for name in names if name in case.options}
+def _visible_keys(case: Case) -> Tensor:
+    """(B, Hq, Sq, Sk), packed (Tq, Hq, Tk), of bool: where equal scores put weight."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal", "window", "global_keys")
+    options = {name: case.options[name] for name in (*names, "key_lengths") if name in case.options}
     mask = case.options.get("mask", case.tensors.get("mask"))
     if mask is not None:
         options["mask"] = mask if mask.dtype == torch.bool else mask != -math.inf
-    tensors = {name: torch.zeros(case.tensors[name].shape) for name in ("query", "key", "value")}
-    _, lse = formula(packed=case.packed)(**tensors, **options, return_lse=True)
-    return bool((lse.exp().round() == 1).any())
+    query, key = (torch.zeros(case.tensors[name].shape) for name in ("query", "key"))
+    identity = torch.eye(key.shape[0 if case.packed else 2])
+    value = identity[:, None].expand(-1, key.shape[1], -1) if case.packed else identity.expand(*key.shape[:2], -1, -1)
+    return formula(packed=case.packed)(query=query, key=key, value=value, **options) > 0
 
 
 @contextlib.contextmanager

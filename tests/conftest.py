@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The numbers of a test do not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=build_info.isa_levels() or ["default"])  # "default": without the C++ kernels
 def isa(request, monkeypatch):
     """Runs the test once an instruction set of the binary; the operators read the variable at every call."""

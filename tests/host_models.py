@@ -3,19 +3,40 @@
 import copy
 import pickle
 
+import pytest
 import torch
 
 import xformer_fast
 
 
 def disturb(model):
-    """Moves the parameters off their initial values: zero biases hide mistakes, small weights make scores flat."""
+    """Moves the parameters off their initial values, and the statistics of batch norms, frozen ones too: zero biases
+    hide mistakes, small weights make scores flat."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.15 if parameter.dim() > 1 else 0.3))
+        for norm in (module for module in model.modules() if getattr(module, "running_var", None) is not None):
+            for name, buffer in norm.named_buffers():
+                if buffer.is_floating_point():
+                    noise = torch.rand(buffer.shape, generator=generator)
+                    buffer.add_(noise if name in ("running_var", "weight") else noise - 0.5)
     return model
+
+
+def import_timm():
+    """timm, which asks for torchvision; where that has no kernels for this torch, it gets along without them."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_timm.library = library  # lives as long as its operators
+    return pytest.importorskip("timm")
 
 
 def twins(model, count=None):

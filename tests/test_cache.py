@@ -75,6 +75,31 @@ def test_truncate_forgets():
     torch.testing.assert_close(cache.attend(*part(whole, slice(None), slice(9, 18))), first[:, :, 9:])
 
 
+def test_rows_reordered():
+    """Each row goes on from another's keys, and from its own length."""
+    whole = sequence(3, 20)
+    cache = KVCache(3, 2, 32, 20)
+    cache.attend(*part(whole, slice(None), slice(0, 9)))
+    cache.truncate(2, 5)
+    cache.reorder(torch.tensor([2, 0, 2]))
+    assert cache.lengths.tolist() == [5, 9, 5] and [cache.length(row) for row in range(3)] == [5, 9, 5]
+    step = [torch.stack((t[2, :, 5:6], t[0, :, 9:10], t[1, :, 5:6])) for t in whole]
+    out = cache.attend(*step)
+    for row, (source, length) in enumerate(((2, 6), (0, 10), (2, 5))):
+        query, key, value = part(whole, slice(source, source + 1), slice(0, length))
+        if row == 2:  # its new token is another's
+            query, key, value = (torch.cat((t, s[2:]), 2) for t, s in zip((query, key, value), step, strict=True))
+        expected = xformer_fast.attention(query, key, value, causal=True)[0, :, -1:]
+        torch.testing.assert_close(out[row], expected)
+    for kept, rows, words in (
+        (cache, [0, 1], "rows must name one of 3 rows each, got shape"),
+        (cache, [0, 1, 3], "row 3 is not in use"),
+        (KVCache(1, 2, 32, 16, page_size=4), [0], "a paged cache cannot be reordered"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kept.reorder(torch.tensor(rows))
+
+
 def test_errors():
     cache = KVCache(2, 2, 32, 16, page_size=4, num_pages=5)
     whole = sequence(2, 20)

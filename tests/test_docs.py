@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+import pkgutil
 
 import pytest
+
+from xformer_fast import models
 
 MODULES = [
     "",
@@ -12,9 +15,18 @@ MODULES = [
     ".ops.decode_attention",
     ".feature_maps",
     ".ops.linear_attention",
+    ".ops.neighborhood_attention",
     ".ops.rope",
     ".positions",
     ".rope",
+    ".layers",
+    ".mixers",
+    ".training",
+    ".tuning",
+    ".frontends",
+    ".checkpoints",
+    ".generation",
+    *(f".models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
     ".information",
     ".reference",
     ".dispatch",

@@ -8,6 +8,7 @@ from xformer_fast import BackendUnavailable, DistanceBias, Rope, T5Bias, dispatc
 
 BACKENDS = ["reference"] + ["cpu"] * (dispatch.build_problem() is None)
 Q, K, V = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+ROWS = torch.ones(2, 4, 6, 3)  # of a map of 3 x 3 keys
 LONG, SHORT = torch.ones(100, 2), torch.ones(8, 2)
 
 
@@ -42,6 +43,13 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "window_length": ({"window": (1, 2, 3)}, ValueError, "window must be"),
     "window_float": ({"window": (1.5, 0)}, TypeError, "window must hold two ints"),
     "window_negative": ({"window": (-2, 0)}, ValueError, "window must hold"),
+    "globals_type": ({"global_keys": [0, 1]}, TypeError, "global_keys must be an int"),
+    "globals_bool": ({"global_keys": True}, TypeError, "global_keys must be an int"),
+    "globals_count": ({"global_keys": -1}, ValueError, "global_keys must be a count"),
+    "globals_dtype": ({"global_keys": torch.ones(9)}, TypeError, "global_keys must be int32 or int64"),
+    "globals_shape": ({"global_keys": torch.ones(3, 1, dtype=torch.int64)}, ValueError, "global_keys must be"),
+    "globals_beyond": ({"window": (1, 1), "global_keys": torch.tensor([0, 9])}, ValueError, r"global_keys\[1\] is 9"),
+    "globals_negative": ({"global_keys": torch.tensor([[0, 0], [0, -2]])}, ValueError, r"global_keys\[1, 1\] is -2"),
     "lengths_type": ({"key_lengths": [9, 9]}, TypeError, "key_lengths must be a torch.Tensor"),
     "lengths_dtype": ({"key_lengths": torch.tensor([9.0, 9.0])}, TypeError, "key_lengths must be int32"),
     "lengths_shape": ({"key_lengths": torch.tensor([9])}, ValueError, "key_lengths must have shape"),
@@ -71,6 +79,13 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "bias_type": ({"relative_bias": torch.ones(4, 14)}, TypeError, "relative_bias must be"),
     "bias_heads": ({"relative_bias": T5Bias(torch.ones(32, 3))}, ValueError, "relative_bias has 3 heads"),
     "bias_length": ({"relative_bias": DistanceBias(torch.ones(4, 13))}, ValueError, "relative_bias: values must have"),
+    "map_type": ({"decomposed_bias": torch.ones(2, 4, 6, 3)}, TypeError, "decomposed_bias must be a pair"),
+    "map_number": ({"decomposed_bias": (ROWS,)}, TypeError, "decomposed_bias must be a pair"),
+    "map_dtype": ({"decomposed_bias": (ROWS.int(), ROWS)}, TypeError, "decomposed_bias: rel_h must be a float tensor"),
+    "map_device": ({"decomposed_bias": (ROWS, ROWS.to("meta"))}, ValueError, "decomposed_bias: rel_w is on meta"),
+    "map_shape": ({"decomposed_bias": (ROWS, ROWS[:, :1])}, ValueError, "decomposed_bias: rel_w must be"),
+    "map_dimensions": ({"decomposed_bias": (ROWS[0], ROWS)}, ValueError, "decomposed_bias: rel_h must be"),
+    "map_size": ({"decomposed_bias": (ROWS, ROWS[..., :2])}, ValueError, "decomposed_bias is of 3 x 2 keys"),
     "scale_infinite": ({"scale": float("inf")}, ValueError, "scale must be finite"),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale must be finite"),
     "scale_type": ({"scale": "1"}, TypeError, "scale must be a number"),

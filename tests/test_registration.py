@@ -38,6 +38,8 @@ CASES = {
     "masked": dict(seed=4, options=["mask", "causal", "window", "key_lengths", "alibi_slopes", "return_lse"], rate=1.0),
     "sinks": dict(seed=9, options=["sinks", "softcap", "dropout_p", "scale", "alibi_slopes"], rate=1.0),
     "half": dict(seed=2, options=["causal", "mask", "aux_grad"], rate=1.0, dtype=torch.bfloat16),
+    "globals": dict(seed=5, options=["window", "global_keys", "causal", "return_lse"], rate=1.0),
+    "decomposed": dict(seed=7, options=["decomposed_bias", "key_lengths", "window", "global_keys"], rate=1.0),
     "packed": dict(seed=3, options=["causal", "return_lse"], rate=1.0, packed=True),
     "packed_options": dict(seed=6, options=["alibi_slopes", "sinks", "key_lengths", "window"], rate=1.0, packed=True),
 }
@@ -111,6 +113,8 @@ OPTIONS = {
     "dropout": lambda b, h, n: {"dropout_p": 0.3},
     "rope": lambda b, h, n: {"rope": xformer_fast.Rope(*torch.rand(2, 99, 4).unbind())},
     "t5": lambda b, h, n: {"relative_bias": xformer_fast.T5Bias(torch.randn(8, h, requires_grad=True))},
+    "globals": lambda b, h, n: {"window": (5, 3), "global_keys": torch.tensor([0, n - 1, -1]), "causal": True},
+    "global_count": lambda b, h, n: {"window": (5, 3), "global_keys": 2},
     "distance": lambda b, h, n: {
         "relative_bias": xformer_fast.DistanceBias(torch.randn(h, 2 * n - 1, requires_grad=True))
     },
@@ -132,6 +136,19 @@ def test_compile_once_for_all_lengths(option, compiled):
         if option != "dropout":  # a compiled program draws its seed in its own way
             for ours, eager in zip(*results, strict=True):
                 torch.testing.assert_close(ours, eager)
+
+
+def test_compile_once_for_all_maps(compiled):
+    function = compiled(xformer_fast.attention)
+    for rows, columns in ((5, 6), (3, 7), (12, 5)):
+        q, k, v = (torch.randn(2, heads, rows * columns, 16, requires_grad=True) for heads in (4, 2, 2))
+        bias = tuple(torch.randn(2, 4, rows * columns, n, requires_grad=True) for n in (rows, columns))
+        results = []
+        for run in (function, xformer_fast.attention):
+            out = run(q, k, v, decomposed_bias=bias)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, *bias))))
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager)
 
 
 def test_compile_packed_once_for_all_lengths(compiled):
@@ -226,8 +243,9 @@ def test_unwanted_gradients_are_not_computed():
     """A frozen mask, slopes or sinks cost nothing: the operator is told."""
     q = torch.randn(1, 2, 8, 8, requires_grad=True)
     options = {"mask": torch.randn(8, 8), "alibi_slopes": torch.rand(2), "sinks": torch.rand(2)}
+    options["decomposed_bias"] = torch.rand(1, 2, 8, 2), torch.rand(1, 2, 8, 4)
     calls = recorded(lambda: xformer_fast.attention(q, q, q, **options).sum().backward())
-    assert calls[1][1][-3:] == (False, False, False)
+    assert calls[1][1][-5:] == (False,) * 5
 
 
 def test_meta_tensors_have_the_shape():
@@ -238,7 +256,7 @@ def test_meta_tensors_have_the_shape():
 # ---- gradients of gradients, transforms
 
 
-@pytest.mark.parametrize("name", ["plain", "masked", "sinks", "packed", "packed_options"])
+@pytest.mark.parametrize("name", ["plain", "masked", "sinks", "globals", "decomposed", "packed", "packed_options"])
 def test_double_backward(name):
     case = make(name)
     if "mask" in case.options or "mask" in case.tensors:

@@ -31,7 +31,7 @@ class Config:
     head_dim: int
     dtype: str = "bfloat16"
     causal: bool = False
-    terms: str = ""  # "all", "packed" or "distance"
+    terms: str = ""  # "all", "packed", "distance", "global" or "map"
 
     def __str__(self):
         return f"sm{self.arch}-D{self.head_dim}-{self.dtype}{'-causal' * self.causal}{self.terms and '-' + self.terms}"
@@ -41,6 +41,7 @@ MAIN = [Config(arch, dim, causal=causal) for arch in (80, 90) for dim in (64, 12
 MAIN += [Config(arch, 64, "float32", causal=True) for arch in (80, 90)]
 MAIN += [Config(90, 128, "float16", causal=True)]
 MAIN += [Config(arch, dim, terms="distance") for arch in (80, 90) for dim in (64, 128)]
+MAIN += [Config(arch, dim, terms=terms) for arch in (80, 90) for dim in (64, 128) for terms in ("global", "map")]
 MORE = [Config(arch, d, "float16", c) for arch in (80, 90) for d in (64, 128, 256) for c in (False, True)]
 MORE = [config for config in MORE if config not in MAIN]
 OTHER = [Config(90, 64, terms="all"), Config(80, 80, terms="packed")]
@@ -89,7 +90,7 @@ def call(config: Config, length: int = 512, window: int = -1):
 
     dtype, dim, everything = getattr(torch, config.dtype), config.head_dim, config.terms == "all"
     seed = torch.zeros(1, dtype=torch.int64) if everything else None
-    mask = slopes = sinks = lengths = ends = distance = None
+    mask = slopes = sinks = lengths = ends = distance = keys = rel_h = rel_w = None
     if config.terms == "packed":
         query, key, value = (torch.empty(length, heads, dim, dtype=dtype) for heads in (4, 2, 2))
         ends = torch.zeros(3, dtype=torch.int32)
@@ -98,14 +99,19 @@ def call(config: Config, length: int = 512, window: int = -1):
     if everything:
         mask, lengths = torch.empty(1, 4, length, length, dtype=dtype), torch.zeros(2, dtype=torch.int32)
         slopes, sinks, window = torch.empty(2, 4), torch.empty(4), 100
-    learned = everything or config.terms == "distance"
-    if learned:
+    of_distance, of_map = everything or config.terms == "distance", everything or config.terms == "map"
+    if of_distance:
         distance = torch.empty(4, 2 * length - 1)
-    terms = mask, lengths, ends, ends, slopes, distance, sinks, seed, length, length, 0.125
+    if of_map:
+        rel_h, rel_w = (torch.empty(2, 4, length, n) for n in (length // 32, 32))
+    if everything or config.terms == "global":
+        window, keys = 100, torch.zeros(2, 3, dtype=torch.int64)
+    terms = mask, lengths, ends, ends, slopes, distance, sinks, seed, keys, rel_h, rel_w, length, length, 0.125
     numbers = 30.0 * everything, 0.1 * everything, int(config.causal), window, -1
+    learned = of_distance or of_map
     out, lse, residual = attention.forward(query, key, value, *terms, *numbers, learned, learned)
     grad_lse = torch.empty_like(lse) if everything else None
-    needs = everything, everything, learned, everything
+    needs = everything, everything, of_distance, everything, of_map
     attention_backward.backward(out, grad_lse, query, key, value, out, lse, residual, *terms, *numbers, *needs)
 
 
@@ -172,7 +178,7 @@ def test_float16(config):
 @pytest.mark.parametrize("config", OTHER, ids=str)
 def test_every_term_compiles(config):
     rows = compiled(config, ALL)
-    assert len(rows) == (5 if config.terms == "all" else 3)
+    assert len(rows) == (7 if config.terms == "all" else 3)
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 

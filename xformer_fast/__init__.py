@@ -14,6 +14,7 @@ from .information import explain, info
 from .ops.attention import attention, scaled_dot_product_attention, varlen_attention
 from .ops.decode_attention import decode_attention
 from .ops.linear_attention import linear_attention, linear_attention_step
+from .ops.neighborhood_attention import neighborhood_attention
 from .ops.rope import apply_rope
 from .ops.window_attention import window_attention
 from .positions import DistanceBias, T5Bias, alibi_slopes
@@ -37,6 +38,7 @@ __all__ = [
     "info",
     "linear_attention",
     "linear_attention_step",
+    "neighborhood_attention",
     "patch",
     "patched",
     "reference",

@@ -116,6 +116,23 @@ class KVCache:
             self._free += self._pages[row][kept:][::-1]
             del self._pages[row][kept:]
 
+    def reorder(self, rows: Tensor):
+        """Every row b becomes a copy of row rows[b], as the beams of a search do. rows: (batch,) int64.
+
+        Contiguous caches alone: rows of a paged one would have to share pages.
+        """
+        if self.page_size is not None:
+            raise ValueError("a paged cache cannot be reordered: its rows share no pages")
+        if rows.shape != self.lengths.shape:
+            raise ValueError(f"rows must name one of {len(self._lengths)} rows each, got shape {tuple(rows.shape)}")
+        sources = rows.tolist()
+        self._check_used(sources)
+        keys = max(self._lengths)
+        for kept in (self.key, self.value):
+            kept[:, :, :keys] = kept[rows, :, :keys]
+        self.lengths = self.lengths[rows]
+        self._lengths = [self._lengths[row] for row in sources]
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, rows: list[int] | None = None, **options):
         """Appends key and value (B, Hkv, T, D) and attends from query (B, Hq, T, D), causally: one layer's step.
 
@@ -150,6 +167,9 @@ class KVCache:
     def _check_rows(self, rows: list[int]):
         if len(set(rows)) != len(rows):
             raise ValueError(f"rows must differ from each other, got {rows}")
+        self._check_used(rows)
+
+    def _check_used(self, rows: list[int]):
         for row in rows:
             if not 0 <= row < len(self._lengths) or row in self._unused:
                 raise ValueError(f"row {row} is not in use: rows in 0..{len(self._lengths) - 1} are, once added")

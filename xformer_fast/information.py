@@ -10,6 +10,7 @@ from .dispatch import TABLES, proven
 from .ops import attention as attention_ops
 from .ops import decode_attention as decode_ops
 from .ops import linear_attention as linear_attention_ops
+from .ops import neighborhood_attention as neighborhood_ops
 from .ops import rope as rope_ops
 from .ops import window_attention as window_ops
 
@@ -21,6 +22,7 @@ _EXPLAIN = {
     "apply_rope": rope_ops.explain,
     "linear_attention": linear_attention_ops.explain,
     "window_attention": window_ops.explain,
+    "neighborhood_attention": neighborhood_ops.explain,
 }
 
 
@@ -55,11 +57,11 @@ def info() -> str:
         f"instruction sets: {', '.join(build_info.isa_levels()) or '-'}; "
         f"this CPU: {build_info.cpu_isa() or '-'}; in use: {build_info.selected_isa() or '-'}",
         "",
-        f"{'op':<18}{'backend':<12}state",
+        f"{'op':<24}{'backend':<12}state",
     ]
     for op, table in TABLES.items():
         for backend in table.backends:
-            lines.append(f"{op:<18}{backend.name:<12}{_state(op, backend)}")
+            lines.append(f"{op:<24}{backend.name:<12}{_state(op, backend)}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,23 @@ from torch import Tensor
 
 from .rope import Rope
 
-__all__ = ["DistanceBias", "Rope", "T5Bias", "alibi_slopes"]
+__all__ = ["DistanceBias", "Rope", "T5Bias", "alibi_slopes", "sinusoids"]
+
+
+def sinusoids(places: Tensor, dim: int, *, halves: bool = False) -> Tensor:
+    """sin and cos of places (...) at dim / 2 frequencies, (..., dim) float32; computed in float64.
+
+    Channels 2k and 2k + 1 are sin and cos of place · 10000^(-2k / dim): Vaswani et al., "Attention Is All You Need"
+    (2017). halves: tensor2tensor's and fairseq's form, all sines before all cosines, at frequencies from 1 to 1/10000.
+
+    >>> import torch
+    >>> from xformer_fast.positions import sinusoids
+    >>> sinusoids(torch.arange(3), 8)[0]
+    tensor([0., 1., 0., 1., 0., 1., 0., 1.])
+    """
+    steps = torch.arange(dim // 2, dtype=torch.float64, device=places.device) / (dim // 2 - 1 if halves else dim / 2)
+    angles = places[..., None] * 10000.0**-steps
+    return torch.stack((angles.sin(), angles.cos()), -2 if halves else -1).flatten(-2).float()
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -21,10 +21,12 @@ def attention(
     mask=None,
     causal=False,
     window=None,
+    global_keys=None,
     key_lengths=None,
     rope=None,
     alibi_slopes=None,
     relative_bias=None,
+    decomposed_bias=None,
     sinks=None,
     scale=None,
     softcap=None,
@@ -44,13 +46,15 @@ def attention(
     if rope is not None:
         query, key = rope.rotate(query, key, top_left=top_left, backend="reference")
     keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
-    if causal:
-        keep = keep & (j <= p)
     left, right = (-1, -1) if window is None else window
     if left >= 0:
         keep = keep & (j >= p - left)
     if right >= 0:
         keep = keep & (j <= p + right)
+    if global_keys is not None:
+        keep = keep | is_global(global_keys, len_k, query.device)
+    if causal:
+        keep = keep & (j <= p)
     if key_lengths is not None:
         inside = (j < key_lengths.to(query.device)[:, None])[:, None]  # (B, 1, Sk)
         keep = keep & inside[:, None]
@@ -67,6 +71,9 @@ def attention(
     if relative_bias is not None:
         values = relative_bias.values_for(len_q, len_k, top_left=top_left)
         scores = scores + distance_matrix(values, len_q, len_k).to(scores.dtype)
+    if decomposed_bias is not None:
+        rel_h, rel_w = (rel.to(scores.dtype) for rel in decomposed_bias)
+        scores = scores + (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
     if mask is not None and mask.dtype == torch.bool:
         keep = keep & mask
     elif mask is not None:
@@ -195,6 +202,15 @@ def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
     return torch.arange(len_q, device=device)[:, None] + (0 if top_left else len_k - len_q)
 
 
+def is_global(global_keys, len_k, device) -> Tensor:
+    """Which keys a count or the indices of `global_keys` name: (Sk,), or (B, 1, 1, Sk) for indices (B, G)."""
+    j = torch.arange(len_k, device=device)
+    if not isinstance(global_keys, Tensor):
+        return j < global_keys
+    found = (global_keys.to(device)[..., None] == j).any(-2)
+    return found if found.dim() == 1 else found[:, None, None]
+
+
 def distance_matrix(values: Tensor, len_q, len_k) -> Tensor:
     """(Hq, Sq + Sk - 1) numbers by distance, gathered to (Hq, Sq, Sk): entry (i, j) is values[j - i + Sq - 1]."""
     i, j = torch.arange(len_q, device=values.device)[:, None], torch.arange(len_k, device=values.device)
@@ -289,6 +305,46 @@ def relative_index(window: tuple[int, ...], device) -> Tensor:
         place = place.flatten()
         index = index * (2 * w - 1) + place[:, None] - place + w - 1
     return index
+
+
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size, *, dilation=1, causal=False, relative_bias_table=None,
+    scale=None,
+) -> Tensor:  # fmt: skip
+    """Attention over the flattened map under a dense mask; arguments of `xformer_fast.neighborhood_attention`.
+
+    Hassani et al., "Neighborhood Attention Transformer" (2023).
+    """
+    axes = query.dim() - 3
+    space = query.shape[1 : axes + 1]
+    kernel, dilation, causal = (per_axis(option, axes) for option in (kernel_size, dilation, causal))
+    mask, index = neighborhoods(space, kernel, dilation, causal, query.device)
+    if relative_bias_table is not None:
+        # An embedding: its gradient sums in one order for any number of threads, that of indexing does not.
+        bias = F.embedding(index, relative_bias_table).permute(2, 0, 1)
+        mask = bias.masked_fill(~mask, float("-inf"))
+    query, key, value = (x.flatten(1, axes).transpose(1, 2) for x in (query, key, value))
+    return attention(query, key, value, mask=mask, scale=scale).transpose(1, 2).unflatten(1, space)
+
+
+def neighborhoods(space, kernel, dilation, causal, device) -> tuple[Tensor, Tensor]:
+    """For each query and key of a flattened map, (N, N): whether it sees it, and the row of the bias table if so.
+
+    Places of an axis `dilation` apart are an axis of their own, of length L. There, query i sees the `kernel` keys from
+    clamp(i - kernel // 2, 0, L - kernel) on, or, where causal, the keys from max(0, i - kernel + 1) to i.
+    """
+    seen = torch.ones(1, 1, dtype=torch.bool, device=device)
+    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for side, k, step, forward_only in zip(space, kernel, dilation, causal, strict=True):
+        place = torch.arange(side, device=device)
+        group, i = place % step, place // step
+        length = (side - group + step - 1) // step
+        last = i if forward_only else (i - k // 2).clamp(min=0).minimum(length - k) + k - 1
+        keep = (group[:, None] == group) & (i <= last[:, None]) & (i > last[:, None] - k)
+        row = (i - i[:, None] + k - 1).where(keep, 0)
+        seen = (seen[:, None, :, None] & keep[:, None, :]).flatten(2).flatten(0, 1)
+        index = (index[:, None, :, None] * (2 * k - 1) + row[:, None, :]).flatten(2).flatten(0, 1)
+    return seen, index
 
 
 def apply_rope(

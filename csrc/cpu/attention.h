@@ -31,6 +31,8 @@ struct Attention {
   int64_t distance_head = 0, distance_offset = 0, distance_count = 0;  // of distance_count numbers a head
   const float* lag_bias = nullptr;  // the same numbers at [head * lag_head + (p_i - j) + lag_offset], with kLagPadding
   int64_t lag_head = 0, lag_offset = 0;                   // zeros before and after each head's
+  View row_bias, column_bias;                             // float32 (batch, heads_q, seqlen_q, map_rows | map_columns): adds
+  int64_t map_rows = 0, map_columns = 0;                  // row_bias[j / map_columns] + column_bias[j % map_columns]
   const float* sinks = nullptr;                           // (heads_q): one more logit in every denominator
   float scale = 1.f;
   float softcap = 0.f;                                    // 0: none
@@ -38,12 +40,17 @@ struct Attention {
   uint64_t dropout_seed = 0;
   bool top_left = false;                                  // shift = 0, else shift = len_k - len_q of the sequence
   int64_t left = kNoLimit, right = kNoLimit;
+  const int64_t* global_keys = nullptr;   // seen beside the window: those of a sequence ascending, below its key limit,
+  const int64_t* global_begin = nullptr;  // from its begin to the next one's (batch + 1); nullptr where there is no window
+  bool causal = false;                    // global keys after p_i are not seen; the window's right is 0 already
 
+  bool has_map_bias() const { return map_rows + map_columns > 0; }
   int64_t query_row0(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b] : 0; }
   int64_t key_row0(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b] : 0; }
   int64_t len_q(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : seqlen_q; }
   int64_t len_k(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : seqlen_k; }
   int64_t shift(int64_t b) const { return top_left ? 0 : len_k(b) - len_q(b); }
+  int64_t global_count(int64_t b) const { return global_keys ? global_begin[b + 1] - global_begin[b] : 0; }
   int64_t key_limit(int64_t b) const {  // keys at or past it are never read
     const int64_t n = len_k(b);
     return key_lengths && key_lengths[b] < n ? key_lengths[b] : n;
@@ -61,6 +68,8 @@ struct AttentionGrad {
   float* grad_alibi_slopes = nullptr;  // float32 (batch, heads_q), always per batch; the launcher sums
   float* grad_distance = nullptr;      // float32 (heads_q, distance_count)
   float* grad_sinks = nullptr;         // float32 (batch, heads_q), likewise
+  float* grad_row_bias = nullptr;      // float32 (batch, heads_q, seqlen_q, map_rows), and with map_columns
+  float* grad_column_bias = nullptr;   // both, unless a map without keys has none, or neither
 };
 
 struct AttentionKernels {

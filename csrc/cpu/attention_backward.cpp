@@ -15,6 +15,9 @@
 //                       bias of distance, whose gradient every range sums along the diagonals of its own tiles.
 // With one range a head, a task of run 2 does all three for its heads.
 //
+// Global keys are one more range, gathered, that follows run 2 for each head: run 2 leaves its sums of dk and dv for these
+// keys in a workspace, and the global range adds its own and writes their rows.
+//
 // The number of ranges comes from the shape alone (at most kMaxSplits), so that results have the same bits for any
 // number of threads; ranges are cut to equal work under causal and window limits. Block pairs outside the limits, the
 // window or the key length are never visited, and only tiles on an edge are masked. Where a mask that wants a gradient
@@ -26,8 +29,9 @@
 // out is as rounded as its type. Where sums of dS cancel (a bias shared by many scores, a sink, dropout), delta takes the
 // residual of that rounding along, if the forward has saved it.
 //
-// Workspace: at most kMaxSplits float32 copies of grad_query, and two floats a query row; for a bias of distance, a vector
-// of all distances for every head, batch and range.
+// Workspace: at most kMaxSplits float32 copies of grad_query (one more with global keys), and two floats a query row; for
+// a bias of distance, a vector of all distances, for a bias of the map, its gradient, for every head, batch and range; for
+// global keys, their gradients.
 #include "attention_backward_tiles.h"
 
 namespace xformer_fast {
@@ -56,13 +60,16 @@ struct Plan {
   int64_t rows = 0;                  // query rows of all sequences and heads
   int64_t width = 0, width_v = 0;    // head dims in whole vectors
   int64_t block_k = 0, splits = 1;   // keys of a block, ranges of keys
+  int64_t parts = 1;                 // sums of dq: one a range, and one of the global keys
   int64_t tasks_b = 0, tasks_h = 0;  // tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them
   int64_t* split_bounds = nullptr;  // (batch, splits + 1), keys
   float* neg_lse = nullptr;         // (rows); -inf for a row without keys
   float* delta = nullptr;           // (rows)
-  float* grad_query = nullptr;      // (splits, rows, width)
-  double* grad_alibi = nullptr;     // (splits, batch, heads_q)
-  float* grad_lag = nullptr;        // (splits, batch, heads_q, lag_head), in the order of Attention::lag_bias
+  float* grad_query = nullptr;      // (parts, rows, width)
+  double* grad_alibi = nullptr;     // (parts, batch, heads_q)
+  float* grad_lag = nullptr;        // (parts, batch, heads_q, lag_head), in the order of Attention::lag_bias
+  float* grad_map = nullptr;        // (parts, batch, heads_q, query blocks, map rows + columns, queries of a block)
+  float* grad_global = nullptr;     // (heads_kv, global keys of all sequences, width + width_v), from run 2
 
   int64_t row0(int64_t b, int64_t h) const {
     return a.cu_seqlens_q ? h * a.cu_seqlens_q[a.batch] + a.cu_seqlens_q[b] : (b * a.heads_q + h) * a.seqlen_q;
@@ -73,6 +80,19 @@ struct Plan {
     if (keys.empty()) return {0, 0};
     const int64_t shift = a.shift(b);
     return {max_of(0, keys.begin - a.right - shift), min_of(a.len_q(b), keys.end + a.left - shift)};
+  }
+  float* grad_map_of(int64_t part, int64_t b, int64_t head, int64_t query, int64_t block) const {
+    const int64_t row = ((part * a.batch + b) * a.heads_q + head) * round_up(a.seqlen_q, block) + query;
+    return grad_map + row * (a.map_rows + a.map_columns);
+  }
+  // Queries that some global key is outside the window of.
+  Range global_queries_of(int64_t b) const {
+    if (a.global_count(b) == 0) return {0, 0};
+    const int64_t first = a.global_keys[a.global_begin[b]];
+    return {a.causal ? max_of(0, first + a.left + 1 - a.shift(b)) : 0, a.len_q(b)};
+  }
+  float* grad_global_of(int64_t b, int64_t head_kv) const {
+    return grad_global + (head_kv * a.global_begin[a.batch] + a.global_begin[b]) * (width + width_v);
   }
   Range keys_of(int64_t b, int64_t split) const {
     const int64_t* bounds = split_bounds + b * (splits + 1) + split;
@@ -171,20 +191,17 @@ class KeyBlock {
     tile_.p = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.scores);
     tile_.ds = pairs ? arena.take<Op>(whole) : reinterpret_cast<Op*>(tile_.grad);
     tile_.ds_pairs = pairs ? arena.take<Op>(whole) : tile_.ds;
+    map_bias_ = arena.take<float>((a_.map_rows + a_.map_columns) * kBlockQ<Op>);
     arena_bytes_ = arena.bytes();
   }
 
   // All keys of one split of (batch, KV head).
   void run(int64_t b, int64_t head_kv, int64_t split) {
-    b_ = b, head_kv_ = head_kv, split_ = split;
+    start_part(b, head_kv, split);
     const Range keys = p_.keys_of(b, split);
     const int64_t len = keys.end - keys.begin, group = a_.heads_q / a_.heads_kv;
     const int64_t blocks = max_of(1, (len + p_.block_k - 1) / p_.block_k);
     const int64_t step = round_up((len + blocks - 1) / blocks, kKeyUnit);
-    for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
-      if (p_.grad_alibi) grad_alibi(h) = 0.;
-      if (p_.grad_lag) __builtin_memset(grad_lag(h), 0, size_t(a_.lag_head) * sizeof(float));
-    }
     int64_t started = 0;  // rows of dq below it hold a sum already
     for (int64_t j = keys.begin; j < keys.end; j += step) {
       key0_ = j;
@@ -200,17 +217,58 @@ class KeyBlock {
       }
       store_rows(p_.g.grad_key, a_.head_dim, grad_key_, p_.width, queries.empty() ? 0 : kept_, a_.scale);
       store_rows(p_.g.grad_value, a_.head_dim_v, grad_value_, p_.width_v, queries.empty() ? 0 : kept_, 1.f);
+      if (a_.global_keys) keep_global_sums(queries.empty());
+    }
+  }
+
+  // The global keys of (batch, KV head), after all its splits.
+  void run_globals(int64_t b, int64_t head_kv) {
+    start_part(b, head_kv, p_.splits);
+    const int64_t count = a_.global_count(b), group = a_.heads_q / a_.heads_kv;
+    const Range queries = p_.global_queries_of(b);
+    const float* sums = p_.grad_global_of(b, head_kv);
+    for (int64_t k = 0; k < count && !queries.empty(); k += p_.block_k) {
+      global_keys_ = a_.global_keys + a_.global_begin[b] + k;
+      kept_ = min_of(p_.block_k, count - k);
+      load_keys();
+      for (int64_t h = 0; h < group; ++h)
+        for (int64_t q = queries.begin / kBlockQ<Op> * kBlockQ<Op>; q < queries.end; q += kBlockQ<Op>)
+          visit(head_kv * group + h, q, k == 0);
+      for (int64_t j = 0; j < kept_; ++j, sums += p_.width + p_.width_v) {
+        add_row(grad_key_ + j * p_.width, sums, p_.width);
+        add_row(grad_value_ + j * p_.width_v, sums + p_.width, p_.width_v);
+        store_row(row_of<T>(p_.g.grad_key, b, head_kv, global_keys_[j]), a_.head_dim, grad_key_ + j * p_.width, a_.scale);
+        store_row(row_of<T>(p_.g.grad_value, b, head_kv, global_keys_[j]), a_.head_dim_v, grad_value_ + j * p_.width_v, 1.f);
+      }
     }
   }
 
  private:
+  void start_part(int64_t b, int64_t head_kv, int64_t split) {
+    b_ = b, head_kv_ = head_kv, split_ = split;
+    const int64_t group = a_.heads_q / a_.heads_kv;
+    for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
+      if (p_.grad_alibi) grad_alibi(h) = 0.;
+      if (p_.grad_lag) __builtin_memset(grad_lag(h), 0, size_t(a_.lag_head) * sizeof(float));
+    }
+  }
+
+  void pack_keys(const View& view, int64_t dim, Op* out, int64_t width) {
+    const int64_t padded = round_up(kept_, kStep<Op>);
+    if (!global_keys_) {
+      const T* rows = row_of<const T>(view, b_, head_kv_, a_.key_row0(b_) + key0_);
+      return pack_rows(rows, view.row, kept_, padded, dim, out, width);
+    }
+    for (int64_t j = 0; j < padded; ++j)
+      pack_rows(row_of<const T>(view, b_, head_kv_, global_keys_[min_of(j, kept_ - 1)]), 0, j < kept_, 1, dim,
+                out + j * width, width);
+  }
+
   void load_keys() {
-    const int64_t row = a_.key_row0(b_) + key0_, padded = round_up(kept_, kStep<Op>);
-    pack_rows(row_of<const T>(a_.key, b_, head_kv_, row), a_.key.row, kept_, padded, a_.head_dim, key_, stage_);
-    pack_rows(row_of<const T>(a_.value, b_, head_kv_, row), a_.value.row, kept_, padded, a_.head_dim_v, value_,
-              stage_v_);
+    pack_keys(a_.key, a_.head_dim, key_, stage_);
+    pack_keys(a_.value, a_.head_dim_v, value_, stage_v_);
 #if defined(XF_BF16_DOT)
-    if constexpr (kStep<Op> == 2) interleave_row_pairs(key_, stage_, padded, p_.width, key_rows_);
+    if constexpr (kStep<Op> == 2) interleave_row_pairs(key_, stage_, round_up(kept_, kStep<Op>), p_.width, key_rows_);
 #endif
     __builtin_memset(grad_key_, 0, size_t(kept_ * p_.width) * sizeof(float));
     __builtin_memset(grad_value_, 0, size_t(kept_ * p_.width_v) * sizeof(float));
@@ -220,6 +278,20 @@ class KeyBlock {
     for (int64_t j = 0; j < count_; ++j)
       store_row(row_of<T>(grad, b_, head_kv_, a_.key_row0(b_) + key0_ + j), dim,
                 j < kept ? sums + j * width : nullptr, scale);
+  }
+
+  // For run_globals: the block's sums for global keys, not rounded.
+  void keep_global_sums(bool none) {
+    const int64_t* keys = a_.global_keys + a_.global_begin[b_];
+    float* out = p_.grad_global_of(b_, head_kv_);
+    for (int64_t n = 0; n < a_.global_count(b_); ++n, out += p_.width + p_.width_v) {
+      const int64_t j = keys[n] - key0_;
+      if (j < 0 || j >= kept_) continue;
+      __builtin_memset(out, 0, size_t(p_.width + p_.width_v) * sizeof(float));
+      if (none) continue;
+      add_row(out, grad_key_ + j * p_.width, p_.width);
+      add_row(out + p_.width, grad_value_ + j * p_.width_v, p_.width_v);
+    }
   }
 
   double& grad_alibi(int64_t head) { return p_.grad_alibi[(split_ * a_.batch + b_) * a_.heads_q + head]; }
@@ -238,10 +310,16 @@ class KeyBlock {
                  grad_out_t_, grad_out_);
     float* grad_query = p_.grad_query + (split_ * p_.rows + row0) * p_.width;
     if (first) __builtin_memset(grad_query, 0, size_t(rows * p_.width) * sizeof(float));
+    if (a_.has_map_bias()) load_map_bias(head, q0, rows, first);
 
     const int64_t shift = a_.shift(b_);
     for (int64_t j = 0, n; j < kept_; j += n) {
       n = min_of(kTileKeys, kept_ - j);
+      if (global_keys_) {
+        const int64_t begin = a_.causal ? max_of(0, global_keys_[j] + a_.left + 1 - shift - q0) / kLanes * kLanes : 0;
+        if (begin < rows) tile(head, q0, rows, j, n, {begin, round_up(rows, kLanes)}, grad_query);
+        continue;
+      }
       if (!all_kept(q0, rows, key0_ + j, n, shift)) n = min_of(n, kStripKeys);
       const Range kept = p_.queries_of(b_, {key0_ + j, key0_ + j + n});
       const int64_t begin = max_of(0, kept.begin - q0) / kLanes * kLanes;
@@ -249,6 +327,21 @@ class KeyBlock {
       if (begin < end) tile(head, q0, rows, j, n, {begin, end}, grad_query);
     }
   }
+
+  // The query block's bias of the map for the rows of it that the key block lies in, and all columns.
+  void load_map_bias(int64_t head, int64_t q0, int64_t rows, bool first) {
+    constexpr int64_t ld = kBlockQ<Op>;
+    Range of_map{0, a_.map_rows};
+    if (!global_keys_) of_map = {key0_ / a_.map_columns, (key0_ + kept_ - 1) / a_.map_columns + 1};
+    const float* row_bias = row_of<const float>(a_.row_bias, b_, head, q0) + of_map.begin;
+    const float* column_bias = row_of<const float>(a_.column_bias, b_, head, q0);
+    pack_transposed(row_bias, a_.row_bias.row, rows, of_map.end - of_map.begin, 1.f, map_bias_ + of_map.begin * ld, ld);
+    pack_transposed(column_bias, a_.column_bias.row, rows, a_.map_columns, 1.f, map_bias_ + a_.map_rows * ld, ld);
+    if (first && p_.grad_map)
+      __builtin_memset(grad_map(head, q0), 0, size_t((a_.map_rows + a_.map_columns) * ld) * sizeof(float));
+  }
+
+  float* grad_map(int64_t head, int64_t q0) { return p_.grad_map_of(split_, b_, head, q0, kBlockQ<Op>); }
 
   // Query-side rows as the operand that is reduced over the head dim, scaled unless it is bfloat16, and as the one that
   // is reduced over queries.
@@ -297,29 +390,49 @@ class KeyBlock {
     product(n, width, (a_.head_dim_v + step - 1) / step, value_ + j * stage_v_, stage_v_, step, grad_out_t_ + at * step,
             ld * step, out.grad + at, ld, Start::overwrite);
 
-    const ScoreTile scores{out.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_)};
+    const MapPanels<const float> map_bias{map_bias_, map_bias_ + a_.map_rows * ld, ld, a_.map_columns};
+    const ScoreTile scores{out.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_), map_bias};
     const Segment segment{0, n, int(at / kLanes), int(lanes.end / kLanes)};
-    if (score_pass_) score_options(scores, segment);
-    if (!all_kept(q0, rows, key0_ + j, n, scores.shift)) mask_edges(a_, scores, segment);
-    if (out.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, out.dropout);
-    const bool keep_float = p_.grad_alibi || p_.grad_lag || p_.g.grad_mask;
+    const int64_t* keys = global_keys_ ? global_keys_ + j : nullptr;
+    if (score_pass_) score_options(scores, segment, keys);
+    if (keys)
+      mask_window(a_, scores, segment, keys);
+    else if (!all_kept(q0, rows, key0_ + j, n, scores.shift))
+      mask_edges(a_, scores, segment);
+    if (out.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, keys, out.dropout);
+    const bool keep_float = p_.grad_alibi || p_.grad_lag || p_.grad_map || p_.g.grad_mask;
     softmax_gradient(out, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
-    if (keep_float) auxiliary_gradients(scores, segment, out.factor ? out.factor : out.grad);
+    if (!keep_float) return;
+    const float* ds = out.factor ? out.factor : out.grad;
+    for_each_run(keys, scores, segment, [&](const ScoreTile& run, const Segment& part, int64_t row) {
+      auxiliary_gradients(run, part, ds + row * ld);
+    });
   }
 
-  void score_options(const ScoreTile& scores, const Segment& segment) {
+  void score_options(const ScoreTile& scores, const Segment& segment, const int64_t* keys) {
     const float unapplied = kStep<Op> == 2 ? a_.scale : 1.f;
-    if (a_.softcap == 0.f) return apply_options(a_, scores, segment, unapplied);
+    const auto apply = [&](const Attention& a, float scale) {
+      for_each_run(keys, scores, segment, [&](const ScoreTile& run, const Segment& part, int64_t) {
+        apply_options(a, run, part, scale);
+      });
+    };
+    if (a_.softcap == 0.f) return apply(a_, unapplied);
     apply_softcap(scores, segment, unapplied, a_.softcap);
     softcap_factor(scores, segment, a_.softcap, tile_.factor);
     Attention rest = a_;
     rest.softcap = 0.f;
-    apply_options(rest, scores, segment, 1.f);
+    apply(rest, 1.f);
   }
 
   void auxiliary_gradients(const ScoreTile& scores, const Segment& segment, const float* ds) {
     if (p_.grad_alibi) grad_alibi(scores.head) -= distance_sum(ds, scores, segment);
     if (p_.grad_lag) add_distance_gradient(ds, scores, segment, grad_lag(scores.head) + a_.lag_offset);
+    if (p_.grad_map) {
+      float* sums = grad_map(scores.head, scores.query0);
+      constexpr int64_t block = kBlockQ<Op>;
+      add_decomposed_gradient({sums, sums + a_.map_rows * block, block, a_.map_columns}, ds, scores.ld, scores.key0,
+                              segment.row0, segment.row1, segment.vector0, segment.vector1);
+    }
     if (const AttentionGrad& g = p_.g; g.grad_mask)
       add_mask_gradient(ds, scores, segment,
                         g.grad_mask + b_ * g.grad_mask_batch + scores.head * g.grad_mask_head +
@@ -341,9 +454,11 @@ class KeyBlock {
   Op *query_ = nullptr, *grad_out_ = nullptr;         // (queries, width); pairs: (queries / 2, width, 2)
   float *neg_lse_ = nullptr, *delta_ = nullptr;       // (queries)
   GradientTile<Op> tile_{};
+  float* map_bias_ = nullptr;  // (map rows, then columns, queries)
   size_t arena_bytes_ = 0;
   int64_t b_ = 0, head_kv_ = 0, split_ = 0;
   int64_t key0_ = 0, count_ = 0, kept_ = 0;  // the block: first key, keys, keys below the key limit
+  const int64_t* global_keys_ = nullptr;     // or these
 };
 
 // The elements of grad_mask that belong to a task.
@@ -364,28 +479,46 @@ void clear_mask_gradient(const Plan& p, Range batch, Range heads_kv, Range keys)
 
 // ---- 3. gather ----
 
-// dq of some rows of one head.
+// The sum of `count` numbers over the parts that have touched query i, in the first of them; nullptr if none has.
+template <class PartOf>
+float* sum_of_parts(const Plan& p, const Range* touched, int64_t i, int64_t count, PartOf part_of) {
+  float* sum = nullptr;
+  for (int64_t s = 0; s < p.parts; ++s) {
+    if (i < touched[s].begin || i >= touched[s].end) continue;
+    if (sum)
+      add_row(sum, part_of(s), count);
+    else
+      sum = part_of(s);
+  }
+  return sum;
+}
+
+// dq and the bias of the map's gradient for some rows of one head.
 template <class T>
 void gather(const Plan& p, int64_t b, int64_t h, Range rows) {
   const Attention& a = p.a;
   constexpr int64_t block = kBlockQ<Operand<T>>;
-  Range touched[kMaxSplits];  // query rows that a split has summed
+  Range touched[kMaxSplits + 1];  // query rows that a part has summed
   for (int64_t s = 0; s < p.splits; ++s) {
     const Range keys = p.keys_of(b, s), q = p.queries_of(b, {keys.begin, min_of(keys.end, a.key_limit(b))});
     touched[s] = q.empty() ? Range{0, 0} : Range{q.begin / block * block, round_up(q.end, block)};
   }
+  if (p.parts > p.splits) {
+    const Range q = p.global_queries_of(b);
+    touched[p.splits] = q.empty() ? Range{0, 0} : Range{q.begin / block * block, round_up(q.end, block)};
+  }
   for (int64_t i = rows.begin; i < rows.end; ++i) {
-    float* sum = nullptr;
-    for (int64_t s = 0; s < p.splits; ++s) {
-      if (i < touched[s].begin || i >= touched[s].end) continue;
-      float* part = p.grad_query + (s * p.rows + p.row0(b, h) + i) * p.width;
-      if (sum == nullptr) {
-        sum = part;
-        continue;
-      }
-      for (int64_t d = 0; d < p.width; d += kLanes) store(sum + d, load(sum + d) + load(part + d));
-    }
+    float* sum = sum_of_parts(p, touched, i, p.width, [&](int64_t s) {
+      return p.grad_query + (s * p.rows + p.row0(b, h) + i) * p.width;
+    });
     store_row(row_of<T>(p.g.grad_query, b, h, a.query_row0(b) + i), a.head_dim, sum, a.scale);
+  }
+  for (int64_t i = rows.begin; p.grad_map && i < rows.end; i += block) {
+    const int64_t numbers = a.map_rows + a.map_columns, row = (b * a.heads_q + h) * a.seqlen_q + i;
+    const float* sum = sum_of_parts(p, touched, i, numbers * block, [&](int64_t s) { return p.grad_map_of(s, b, h, i, block); });
+    store_map_gradient(sum, block, min_of(block, rows.end - i), a.map_rows, p.g.grad_row_bias + row * a.map_rows);
+    store_map_gradient(sum ? sum + a.map_rows * block : nullptr, block, min_of(block, rows.end - i), a.map_columns,
+                       p.g.grad_column_bias + row * a.map_columns);
   }
   if (rows.begin > 0) return;
   if (p.g.grad_sinks) {
@@ -394,7 +527,7 @@ void gather(const Plan& p, int64_t b, int64_t h, Range rows) {
   }
   if (p.grad_alibi) {
     double sum = 0.;
-    for (int64_t s = 0; s < p.splits; ++s) sum += p.grad_alibi[(s * a.batch + b) * a.heads_q + h];
+    for (int64_t s = 0; s < p.parts; ++s) sum += p.grad_alibi[(s * a.batch + b) * a.heads_q + h];
     p.g.grad_alibi_slopes[b * a.heads_q + h] = float(sum);
   }
 }
@@ -407,7 +540,7 @@ void gather_distance(void* context, int64_t head, char*) {
   for (int64_t n = 0; n < a.distance_count; ++n) {
     const float* part = p.grad_lag + head * a.lag_head + a.lag_offset + a.distance_offset - n;
     float sum = 0.f;
-    for (int64_t s = 0; s < p.splits * a.batch; ++s) sum += part[s * a.heads_q * a.lag_head];
+    for (int64_t s = 0; s < p.parts * a.batch; ++s) sum += part[s * a.heads_q * a.lag_head];
     out[n] = sum;
   }
 }
@@ -435,11 +568,23 @@ void key_range(void* context, int64_t task, char* scratch) {
   KeyBlock<T> block(p, Arena(scratch));
   for (int64_t i = batch.begin; i < batch.end; ++i)
     for (int64_t k = heads.begin; k < heads.end; ++k) {
-      const int64_t group = p.splits == 1 ? a.heads_q / a.heads_kv : 0;
+      const int64_t group = p.parts == 1 ? a.heads_q / a.heads_kv : 0;
       for (int64_t q = k * group; q < (k + 1) * group; ++q) row_statistics<T>(p, i, q, {0, a.len_q(i)});
       block.run(i, k, split);
       for (int64_t q = k * group; q < (k + 1) * group; ++q) gather<T>(p, i, q, {0, a.len_q(i)});
     }
+}
+
+// The global keys, after run 2. Tasks are those of one range there.
+template <class T>
+void global_keys(void* context, int64_t task, char* scratch) {
+  const Plan& p = *static_cast<const Plan*>(context);
+  const int64_t h = task % p.tasks_h, b = task / p.tasks_h;
+  const Range batch = p.tasks_b == 1 ? Range{0, p.a.batch} : Range{b, b + 1};
+  const Range heads = p.tasks_h == 1 ? Range{0, p.a.heads_kv} : Range{h, h + 1};
+  KeyBlock<T> block(p, Arena(scratch));
+  for (int64_t i = batch.begin; i < batch.end; ++i)
+    for (int64_t k = heads.begin; k < heads.end; ++k) block.run_globals(i, k);
 }
 
 template <class T>
@@ -461,17 +606,24 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.split_bounds = static_cast<int64_t*>(pool.allocate(pool.self, size_t(a.batch * (p.splits + 1)) * sizeof(int64_t)));
   for (int64_t b = 0; b < a.batch; ++b) cut_keys(p, b, p.split_bounds + b * (p.splits + 1));
 
+  p.parts = p.splits + (a.global_keys != nullptr);
   auto floats = [&](int64_t n) { return static_cast<float*>(pool.allocate(pool.self, size_t(n) * sizeof(float))); };
   p.neg_lse = floats(p.rows);
   p.delta = floats(p.rows);
-  p.grad_query = floats(p.splits * p.rows * p.width);
-  if (g.grad_alibi_slopes) p.grad_alibi = reinterpret_cast<double*>(floats(2 * p.splits * a.batch * a.heads_q));
-  if (g.grad_distance) p.grad_lag = floats(p.splits * a.batch * a.heads_q * a.lag_head);
+  p.grad_query = floats(p.parts * p.rows * p.width);
+  if (g.grad_alibi_slopes) p.grad_alibi = reinterpret_cast<double*>(floats(2 * p.parts * a.batch * a.heads_q));
+  if (g.grad_distance) p.grad_lag = floats(p.parts * a.batch * a.heads_q * a.lag_head);
+  if (g.grad_row_bias || g.grad_column_bias) {
+    constexpr int64_t block = kBlockQ<Operand<T>>;
+    p.grad_map = floats(p.parts * a.batch * a.heads_q * round_up(a.seqlen_q, block) * (a.map_rows + a.map_columns));
+  }
+  if (a.global_keys) p.grad_global = floats(a.heads_kv * a.global_begin[a.batch] * (p.width + p.width_v));
 
   const int64_t chunks = a.batch * a.heads_q * ((a.seqlen_q + kRowsPerTask - 1) / kRowsPerTask);
-  if (p.splits > 1) pool.run(chunks, query_rows<row_statistics<T>>, &p, 0);
+  if (p.parts > 1) pool.run(chunks, query_rows<row_statistics<T>>, &p, 0);
   pool.run(p.tasks_b * p.tasks_h * p.splits, key_range<T>, &p, KeyBlock<T>::scratch_bytes(p));
-  if (p.splits > 1) pool.run(chunks, query_rows<gather<T>>, &p, 0);
+  if (a.global_keys) pool.run(p.tasks_b * p.tasks_h, global_keys<T>, &p, KeyBlock<T>::scratch_bytes(p));
+  if (p.parts > 1) pool.run(chunks, query_rows<gather<T>>, &p, 0);
   if (g.grad_distance) pool.run(a.heads_q, gather_distance, &p, 0);
 }
 

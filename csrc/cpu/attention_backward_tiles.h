@@ -1,7 +1,7 @@
 // Tile passes of the attention backward that the forward has no use for: packed operands, the step from scores to P and
 // dS, and the sums of the optional gradients. Tiles are S^T as in attention_tiles.h: rows are keys, lanes are queries.
 #pragma once
-#include "attention_tiles.h"
+#include "attention_global.h"
 
 namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
@@ -87,6 +87,10 @@ XF_INLINE void store_row(T* out, int64_t dim, const float* sums, float scale) {
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) store(out + d, sums ? load(sums + d) * scale : zero());
   if (d < dim) store(out + d, sums ? load(sums + d) * scale : zero(), int(dim - d));
+}
+
+XF_INLINE void add_row(float* sums, const float* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
 }
 
 // ---- from scores to gradients ----
@@ -225,9 +229,17 @@ XF_NOINLINE void softcap_factor(const ScoreTile& tile, const Segment& segment, f
     }
 }
 
-// What dropout multiplies each probability by. Keys of a tile start at a multiple of four.
+// What dropout multiplies each probability by. Keys of a tile are those of a list, or start at a multiple of four.
 XF_NOINLINE void dropout_factor(const DropoutKeep& dropout, const ScoreTile& tile, const Segment& segment,
-                                float* factor) {
+                                const int64_t* keys, float* factor) {
+  if (keys) {
+    for (int64_t r = segment.row0; r < segment.row1; ++r)
+      for (int v = segment.vector0; v < segment.vector1; ++v) {
+        const IVec keep = dropout_keep(dropout, tile, v, keys[r]);
+        store(factor + r * tile.ld + v * kLanes, keep ? broadcast(dropout.rescale) : zero());
+      }
+    return;
+  }
   for (int64_t r = segment.row0; r < segment.row1; r += 4)
     for (int v = segment.vector0; v < segment.vector1; ++v) {
       IVec keep[4];
@@ -322,6 +334,15 @@ XF_NOINLINE void add_mask_gradient(const float* ds, const ScoreTile& tile, const
       }
     }
   }
+}
+
+// Sums [row or column of the map][query], `block` queries each, as a tensor (rows, width); 0 where there are no sums.
+XF_NOINLINE void store_map_gradient(const float* sums, int64_t block, int64_t rows, int64_t width, float* out) {
+  alignas(64) float ones[kLanes];
+  store(ones, broadcast(1.f));
+  if (!sums) __builtin_memset(out, 0, size_t(rows * width) * sizeof(float));
+  for (int64_t i = 0; sums && i < rows; i += kLanes)
+    store_transposed(sums + i, block, min_of(kLanes, rows - i), width, ones, out + i * width, width);
 }
 
 // -sum_i exp(sink - lse_i) * delta_i; the sink takes part in lse, so that the exponent is never above 0.

@@ -30,7 +30,7 @@
 //     several vectors, whose short products pay for loading and storing O^T: causal 1024 +5%.
 //   - Blocks of 64, 128, 512 keys: within noise of 256. One row more in the 1-vector register tile (12 or 16): slower.
 //   - Subtracting the maximum before the multiplication costs one operation in the exponential and keeps masks of -3e38 exact.
-#include "attention_tiles.h"
+#include "attention_global.h"
 #include "decode.h"
 
 namespace xformer_fast {
@@ -56,6 +56,7 @@ struct Plan {
   int64_t tiles_per_task, tasks_per_kv_head;
   bool copy_key, copy_value;
   int64_t key_copy_bytes, score_bytes;
+  int64_t tile_floats;      // a query of a tile: Q^T, O^T, statistics, bias of the map
   bool split_weights;       // P^T is multiplied as two bfloat16, so that out is exact before it is rounded
   bool edges, options;      // some keys are out of some query's sight; some pass changes the scores
   float query_scale;        // the scale is applied here, to Q^T,
@@ -84,6 +85,7 @@ struct QueryTile {
   float* max;        // running maximum of the scores, -inf before the first
   float* sum;        // sum of exp(score - max), as rounded for the product with V: what divides O^T
   float* exact_sum;  // the same before rounding: what lse and so the backward need; `sum` itself where nothing is rounded
+  float* map_bias;   // its numbers of map rows, then of columns, [row or column][vectors * kLanes]
 };
 
 // ---- softmax of a score tile ----
@@ -238,6 +240,7 @@ struct KeyBlock {
   const C* value;
   int64_t key_ld, value_ld;
   int64_t key0, rows;
+  const int64_t* global_keys = nullptr;  // or these keys, outside the window
 };
 
 // Query vectors [vector0, vector1) of the tile and all keys of the block. for_value and for_next are what the two products
@@ -252,10 +255,18 @@ void attend_column(const Plan& plan, QueryTile& q, int vector0, int vector1, con
   tile_product(rows, vectors, (a.head_dim + kPair<C> - 1) / kPair<C>, block.key, block.key_ld, kPair<C>, query, tile_ld * kPair<C>,
                scores, ld, Start::overwrite, nullptr, for_value);
 
-  const ScoreTile tile{scores, ld, b, q.head, block.key0, q.query0 + lane0, q.queries - lane0, shift};
+  ScoreTile tile{scores, ld, b, q.head, block.key0, q.query0 + lane0, q.queries - lane0, shift};
+  if (a.has_map_bias())
+    tile.map_bias = {q.map_bias + lane0, q.map_bias + a.map_rows * tile_ld + lane0, tile_ld, a.map_columns};
   const Segment all{0, rows, 0, vectors};
-  if (plan.options) apply_options(a, tile, all, plan.unapplied_scale);
-  if (plan.edges) mask_edges(a, tile, all);
+  if (plan.options)
+    for_each_run(block.global_keys, tile, all, [&](const ScoreTile& run, const Segment& segment, int64_t) {
+      apply_options(a, run, segment, plan.unapplied_scale);
+    });
+  if (block.global_keys)
+    mask_window(a, tile, all, block.global_keys);
+  else if (plan.edges)
+    mask_edges(a, tile, all);
 
   alignas(64) float max[kTileQueries], alpha[kTileQueries];
   for (int v = 0; v < vectors; ++v) store(max + v * kLanes, load(q.max + lane0 + v * kLanes));
@@ -268,13 +279,20 @@ void attend_column(const Plan& plan, QueryTile& q, int vector0, int vector1, con
     const DropoutKeep dropout(a, b, q.head);
 #if defined(XF_BF16_DOT)
     if constexpr (kPair<C> == 2) {
-      apply_dropout_pairs(dropout, tile, all);
+      const auto drop = [&](const ScoreTile& pairs) {
+        if (block.global_keys) return apply_dropout_pairs(dropout, pairs, all, block.global_keys);
+        apply_dropout_pairs(dropout, pairs, all);
+      };
+      drop(tile);
       ScoreTile low_tile = tile;
       low_tile.scores = low;
-      if (low) apply_dropout_pairs(dropout, low_tile, all);
+      if (low) drop(low_tile);
     } else
 #endif
-      apply_dropout(dropout, tile, all);
+      if (block.global_keys)
+        apply_dropout(dropout, tile, all, block.global_keys);
+      else
+        apply_dropout(dropout, tile, all);
   }
 
   float* out = q.out + lane0;
@@ -354,6 +372,12 @@ void pack_query(const Plan& plan, QueryTile& q, int64_t b) {
   const Attention& a = *plan.attention;
   const T* query = rows_of<T>(a, a.query, b, q);
   const int64_t ld = q.vectors * kLanes;
+  if (a.has_map_bias()) {
+    const float* row_bias = row_of<const float>(a.row_bias, b, q.head, q.query0);
+    const float* column_bias = row_of<const float>(a.column_bias, b, q.head, q.query0);
+    pack_transposed(row_bias, a.row_bias.row, q.queries, a.map_rows, 1.f, q.map_bias, ld);
+    pack_transposed(column_bias, a.column_bias.row, q.queries, a.map_columns, 1.f, q.map_bias + a.map_rows * ld, ld);
+  }
 #if defined(XF_BF16_DOT)
   if constexpr (kPair<typename ProductOf<T>::Type> == 2)
     return pack_transposed_pairs(query, a.query.row, q.queries, a.head_dim, reinterpret_cast<bfloat16*>(q.query), 2 * ld);
@@ -435,7 +459,8 @@ void place_tiles(const Plan& plan, int64_t task, Job& job, char*& scratch) {
     q.max = q.out + q.vectors * kLanes * a.head_dim_v;
     q.sum = q.max + q.vectors * kLanes;
     q.exact_sum = kPair<C> == 2 && !plan.split_weights ? q.sum + q.vectors * kLanes : q.sum;
-    scratch += bytes * (a.head_dim + a.head_dim_v + kStatistics<C>);
+    q.map_bias = q.max + q.vectors * kLanes * kStatistics<C>;
+    scratch += bytes * plan.tile_floats;
     for (int v = 0; v < q.vectors; ++v) {
       store(q.max + v * kLanes, broadcast(-kInfinity));
       store(q.sum + v * kLanes, zero());
@@ -451,6 +476,36 @@ void place_tiles(const Plan& plan, int64_t task, Job& job, char*& scratch) {
   }
 }
 
+// The global keys that are outside the windows of the job's queries, which are packed first.
+template <class T, class C>
+void attend_globals(const Plan& plan, Job& job, float* scores, char* space) {
+  const Attention& a = *plan.attention;
+  const int64_t* keys = a.global_keys + a.global_begin[job.batch];
+  const int64_t count = a.global_count(job.batch), width = round_up(a.head_dim, kPair<C>);
+  C* key_copy = reinterpret_cast<C*>(space);
+  C* value_copy = key_copy + round_up(kBlockKeys * width, 64);
+  for (int64_t k = 0; k < count; k += kBlockKeys, keys += kBlockKeys) {
+    const int64_t rows = min_of(kBlockKeys, count - k);
+    if constexpr (kPair<C> == 1) {
+      gather_rows<T>(a.key, job.batch, job.kv_head, keys, rows, width, key_copy);
+      gather_rows<T>(a.value, job.batch, job.kv_head, keys, rows, a.head_dim_v, value_copy);
+    }
+#if defined(XF_BF16_DOT)
+    if constexpr (kPair<C> == 2) {
+      gather_padded_rows(a.key, job.batch, job.kv_head, keys, rows, a.head_dim, key_copy);
+      gather_row_pairs(a.value, job.batch, job.kv_head, keys, rows, a.head_dim_v, value_copy);
+    }
+#endif
+    for (QueryTile* q = job.tiles; q < job.tiles + job.count; ++q) {
+      if (k == 0) pack_query<T>(plan, *q, job.batch);
+      KeyBlock<C> block{key_copy, value_copy, width, kPair<C> * a.head_dim_v, 0, rows, keys};
+      const int64_t last_position = q->query0 + q->queries - 1 + job.shift;
+      while (a.causal && block.rows > 0 && keys[block.rows - 1] >= last_position - a.left) --block.rows;
+      if (block.rows > 0) attend_column(plan, *q, 0, q->vectors, block, job.batch, job.shift, scores, nullptr, nullptr);
+    }
+  }
+}
+
 template <class T>
 void attend_task(void* context, int64_t task, char* scratch) {
   typedef typename ProductOf<T>::Type C;
@@ -461,6 +516,8 @@ void attend_task(void* context, int64_t task, char* scratch) {
   Job job;
   place_tiles<C>(plan, task, job, scratch);
   QueryTile* const end = job.tiles + job.count;
+  const bool packed = a.global_count(job.batch) > 0;
+  if (packed) attend_globals<T, C>(plan, job, scores, scratch);
   if (job.first_key >= job.last_key) {
     for (QueryTile* q = job.tiles; q < end; ++q) finish_tile<T>(plan, *q, job.batch);
     return;
@@ -484,7 +541,7 @@ void attend_task(void* context, int64_t task, char* scratch) {
         if (plan.copy_key) for_value.add(row_of<T>(a.key, job.batch, job.kv_head, row0), a.key.row, n, a.head_dim);
         if (plan.copy_value) for_value.add(row_of<T>(a.value, job.batch, job.kv_head, row0), a.value.row, n, a.head_dim_v);
       }
-      if (first_block) {
+      if (first_block && !packed) {
         pack_query<T>(plan, *q, job.batch);
         if (q + 1 < end) for_next.add(rows_of<T>(a, a.query, job.batch, q[1]), a.query.row, q[1].queries, a.head_dim);
       }
@@ -517,14 +574,16 @@ void forward_of(const Attention& a, const Pool& pool) {
   plan.score_unit = in_exponential ? a.scale : 1.f;
   plan.options = has_score_options(a) || plan.unapplied_scale != 1.f;
 
-  const int64_t tile_bytes = (a.head_dim + a.head_dim_v + kStatistics<C>) * kTileQueries * sizeof(float);
+  plan.tile_floats = a.head_dim + a.head_dim_v + kStatistics<C> + a.map_rows + a.map_columns;
+  const int64_t tile_bytes = plan.tile_floats * kTileQueries * sizeof(float);
   int64_t per_task = min_of(kv_heads * tiles / kEnoughTasks, min_of(kMaxTiles, kTileBytesPerTask / tile_bytes));
   per_task = max_of(1, min_of(per_task, tiles));
   plan.tasks_per_kv_head = (tiles + per_task - 1) / per_task;
   plan.tiles_per_task = (tiles + plan.tasks_per_kv_head - 1) / plan.tasks_per_kv_head;
 
-  const int64_t scratch = plan.score_bytes + plan.tiles_per_task * tile_bytes +
-                          plan.key_copy_bytes + (plan.copy_value ? kBlockKeys * a.head_dim_v * sizeof(C) : 0);
+  int64_t copy_bytes = plan.key_copy_bytes + (plan.copy_value ? kBlockKeys * a.head_dim_v * sizeof(C) : 0);
+  if (a.global_keys) copy_bytes = (round_up(kBlockKeys * round_up(a.head_dim, 2), 64) + kBlockKeys * a.head_dim_v) * sizeof(C);
+  const int64_t scratch = plan.score_bytes + plan.tiles_per_task * tile_bytes + copy_bytes;
   pool.run(plan.tasks_per_kv_head * kv_heads, attend_task<T>, &plan, size_t(scratch));
 }
 

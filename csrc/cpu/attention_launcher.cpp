@@ -11,7 +11,8 @@ namespace {
 enum Causal : int64_t { kNotCausal = 0, kBottomRight = 1, kTopLeft = 2 };
 
 struct Options {
-  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed;
+  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed,
+      global_keys, rel_h, rel_w;
   int64_t max_seqlen_q, max_seqlen_k;
   double scale, softcap, dropout_p;
   int64_t causal, window_left, window_right;
@@ -40,7 +41,8 @@ int64_t longest(const std::vector<int64_t>& offsets, const char* name, int64_t p
 struct Prepared {
   Attention a{};
   Tensor query, key, value;
-  std::vector<int64_t> cu_q, cu_k, lengths;
+  OptionalTensor rel_h, rel_w;
+  std::vector<int64_t> cu_q, cu_k, lengths, global_keys, global_begin;
   std::vector<float> lag_bias;
 
   Prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
@@ -100,7 +102,39 @@ struct Prepared {
     a.top_left = o.causal == kTopLeft;
     a.left = o.window_left < 0 ? kNoLimit : o.window_left;
     a.right = o.window_right < 0 ? kNoLimit : o.window_right;
-    if (o.causal != kNotCausal && a.right > 0) a.right = 0;
+    a.causal = o.causal != kNotCausal;
+    if (a.causal && a.right > 0) a.right = 0;
+    if (o.global_keys) set_global_keys(*o.global_keys);
+    if (o.rel_h) set_decomposed_bias(*o.rel_h, *o.rel_w);
+  }
+
+  void set_global_keys(const Tensor& keys) {
+    const bool shared = keys.dim() == 1;
+    const int64_t count = keys.size(-1);
+    global_begin.push_back(0);
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const std::vector<int64_t> row = integers(shared ? keys : torch::stable::select(keys, 0, b), "global_keys");
+      for (int64_t n = 0; n < count; ++n) {
+        STD_TORCH_CHECK(-1 <= row[n] && row[n] < a.seqlen_k, "xformer_fast: global_keys[", shared ? "" : std::to_string(b) + ", ",
+                        n, "] is ", row[n], ", must lie in 0..", a.seqlen_k - 1, ", or be -1 for no key");
+        if (0 <= row[n] && row[n] < a.key_limit(b)) global_keys.push_back(row[n]);
+      }
+      std::sort(global_keys.begin() + global_begin[b], global_keys.end());
+      global_keys.erase(std::unique(global_keys.begin() + global_begin[b], global_keys.end()), global_keys.end());
+      global_begin.push_back(static_cast<int64_t>(global_keys.size()));
+    }
+    const bool window = a.left < kNoLimit || (a.right < kNoLimit && !a.causal);
+    if (!window || global_keys.empty()) return;
+    a.global_keys = global_keys.data();
+    a.global_begin = global_begin.data();
+  }
+
+  void set_decomposed_bias(const Tensor& h, const Tensor& w) {
+    float_data(h, "rel_h"), float_data(w, "rel_w");
+    rel_h = with_unit_rows(h), rel_w = with_unit_rows(w);
+    a.row_bias = view_of(*rel_h), a.column_bias = view_of(*rel_w);
+    a.map_rows = h.size(3), a.map_columns = w.size(3);
+    STD_TORCH_CHECK(a.map_rows * a.map_columns == a.seqlen_k, "xformer_fast: rel_h and rel_w must span the keys");
   }
 
   void set_distance_bias(const Tensor& bias, const Options& o) {
@@ -128,19 +162,21 @@ struct Prepared {
   }
 
   double work() const {  // multiply-adds, an upper bound
-    const double keys = static_cast<double>(std::min(a.seqlen_k, a.left >= kNoLimit ? a.seqlen_k : a.left + std::min(a.right, a.seqlen_k) + 1));
+    const int64_t window = std::min(a.seqlen_k, a.left >= kNoLimit ? a.seqlen_k : a.left + std::min(a.right, a.seqlen_k) + 1);
+    const double keys = static_cast<double>(window + static_cast<int64_t>(global_keys.size()) / std::max<int64_t>(a.batch, 1));
     return static_cast<double>(a.batch * a.heads_q) * static_cast<double>(a.seqlen_q) * keys * static_cast<double>(a.head_dim + a.head_dim_v);
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
                                    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
-                                   OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                   double softcap, double dropout_p, int64_t causal, int64_t window_left,
+                                   OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed,
+                                   OptionalTensor global_keys, OptionalTensor rel_h, OptionalTensor rel_w,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap, double dropout_p, int64_t causal, int64_t window_left,
                                    int64_t window_right, bool save_residual, bool exact_weights) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
-              causal, window_left, window_right});
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed,
+              global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
                    ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
@@ -156,15 +192,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
   return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor residual,
     OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor alibi_slopes, OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-    double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
-    bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) {
+    OptionalTensor alibi_slopes, OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed,
+    OptionalTensor global_keys, OptionalTensor rel_h, OptionalTensor rel_w, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double scale, double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
+    bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad, bool need_decomposed_grad) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p,
-              causal, window_left, window_right});
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed,
+              global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   const Attention& a = p.a;
   Tensor d_query = empty_in_order_of(query, a.head_dim);
   Tensor d_key = empty_in_order_of(key, a.head_dim);
@@ -177,6 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_distance =
       need_distance_grad ? torch::stable::new_empty(query, {a.heads_q, a.distance_count}, ScalarType::Float) : none();
   Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
+  auto like_queries = [&](int64_t last) { return torch::stable::new_empty(query, {a.batch, a.heads_q, a.seqlen_q, last}, ScalarType::Float); };
+  Tensor d_rel_h = need_decomposed_grad ? like_queries(a.map_rows) : none();
+  Tensor d_rel_w = need_decomposed_grad ? like_queries(a.map_columns) : none();
   if (lse.numel() == 0) {  // no query: nothing flows back
     for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_distance, &d_sinks}) torch::stable::zero_(*t);
   } else {
@@ -201,6 +241,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     if (need_alibi_grad) g.grad_alibi_slopes = static_cast<float*>(d_alibi.data_ptr());
     if (need_distance_grad) g.grad_distance = static_cast<float*>(d_distance.data_ptr());
     if (need_sinks_grad) g.grad_sinks = static_cast<float*>(d_sinks.data_ptr());
+    if (need_decomposed_grad) {
+      g.grad_row_bias = static_cast<float*>(d_rel_h.data_ptr());
+      g.grad_column_bias = static_cast<float*>(d_rel_w.data_ptr());
+    }
     Call call(2.5 * p.work());
     XF_KERNELS(attention_kernels).backward(a, g, call.pool());
   }
@@ -208,13 +252,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const std::vector<int64_t> batch_axis{0};
   if (need_alibi_grad && alibi_slopes->dim() == 1) d_alibi = torch::stable::sum(d_alibi, batch_axis);
   if (need_sinks_grad) d_sinks = torch::stable::sum(d_sinks, batch_axis);
-  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks};
+  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks, d_rel_h, d_rel_w};
 }
 
 #define XFORMER_FAST_ATTENTION_OPTIONS                                                                                    \
   "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "                 \
-  "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, "         \
-  "int causal, SymInt window_left, SymInt window_right"
+  "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, Tensor? global_keys, Tensor? rel_h, Tensor? rel_w, "       \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, int causal, "                   \
+  "SymInt window_left, SymInt window_right"
 
 }  // namespace
 }  // namespace xformer_fast
@@ -225,8 +270,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
   m.def(
       "attention_cpu_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, Tensor residual, " XFORMER_FAST_ATTENTION_OPTIONS
-      ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad, "
+      "bool need_decomposed_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xformer_fast, CPU, m) {

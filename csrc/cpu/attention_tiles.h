@@ -6,13 +6,15 @@
 // read the mask for them. A query vector is kLanes adjacent queries; a segment is a rectangle of rows x query vectors.
 //
 //   mask_edges                -inf where window, causality or both cross a segment
-//   apply_scale, apply_softcap, apply_alibi, apply_distance_bias, apply_mask, apply_options (all that are active, in order)
+//   apply_scale, apply_softcap, apply_alibi, apply_distance_bias, apply_mask, apply_options (all that are active, in order;
+//                             apply_decomposed_bias, in attention_decomposed.h, among them)
 //   DropoutKeep               the Philox keep bits of four adjacent keys x one query vector
 //   pack_transposed[_pairs]   rows of a tensor -> [column][lane] (float32, or bfloat16 pairs of columns)
 //   store_transposed          the inverse, with a factor a lane
 //   convert_rows, pad_rows, interleave_row_pairs    a key block -> float32 / even width / [row pair][column][2]
 #pragma once
 #include "attention.h"
+#include "attention_decomposed.h"
 #include "microkernels.h"
 
 namespace xformer_fast {
@@ -37,6 +39,7 @@ struct ScoreTile {
   int64_t key0, query0;
   int64_t queries;
   int64_t shift;  // position of query i is i + shift
+  MapPanels<const float> map_bias = {};
 };
 
 struct Segment {
@@ -196,10 +199,10 @@ XF_NOINLINE void apply_distance_bias(const Attention& a, const ScoreTile& tile, 
 }
 
 inline bool has_score_options(const Attention& a) {
-  return a.softcap != 0.f || a.alibi_slopes || a.lag_bias || a.mask;
+  return a.softcap != 0.f || a.alibi_slopes || a.lag_bias || a.has_map_bias() || a.mask;
 }
 
-// scores * scale, softcap, ALiBi, bias of distance, mask. The first pass that runs takes the scale along (1 if the scores have it already).
+// scores * scale, softcap, ALiBi, biases of distance and map, mask. The first pass that runs takes the scale along (1 if the scores have it already).
 inline void apply_options(const Attention& a, const ScoreTile& tile, const Segment& segment, float scale) {
   if (a.softcap != 0.f) apply_softcap(tile, segment, scale, a.softcap), scale = 1.f;
   if (a.alibi_slopes) {
@@ -207,6 +210,11 @@ inline void apply_options(const Attention& a, const ScoreTile& tile, const Segme
     scale = 1.f;
   }
   if (a.lag_bias) apply_distance_bias(a, tile, segment, scale), scale = 1.f;
+  if (a.has_map_bias()) {
+    apply_decomposed_bias(tile.map_bias, tile.scores, tile.ld, tile.key0, segment.row0, segment.row1, segment.vector0,
+                          segment.vector1, scale);
+    scale = 1.f;
+  }
   if (a.mask) apply_mask(a, tile, segment, scale), scale = 1.f;
   if (scale != 1.f) apply_scale(tile, segment, scale);
 }

@@ -619,6 +619,7 @@ void append_rows(const View& cache, const Paging& paging, const View& rows, int6
 // too few for the cores.
 bool decode_takes(const Attention& a) {
   if (a.cu_seqlens_q || a.dropout_p > 0. || a.residual.data || a.exact_weights) return false;
+  if (a.global_keys || a.has_map_bias()) return false;
   return a.seqlen_q <= kLanes / 2 || (a.seqlen_q <= 16 && a.batch * a.heads_q < 32 && a.seqlen_k >= 2 * kLeastTaskKeys);
 }
 

@@ -29,6 +29,7 @@ namespace {
 enum class Start { overwrite, accumulate, rescale };
 
 constexpr int kMaxVectors = 4;
+constexpr int64_t kLongestChain = 256;  // terms added one behind the other: sums of parts lose fewer digits
 #if defined(XF_AVX512)
 constexpr int kTileVectors = 4;  // vectors a tile of queries is best cut into
 template <int V> constexpr int kTileRows = V == 1 ? 8 : V == 2 ? 8 : V == 3 ? 8 : 6;
@@ -49,11 +50,12 @@ XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
 XF_INLINE float broadcast_source(const float* a) { return *a; }
 XF_INLINE Vec load_operand(const float* b) { return load(b); }
 
-// Up to two areas of rows (stride and columns in elements).
+// Areas of rows (stride and columns in elements). What does not fit the list is not asked for.
 class Prefetch {
  public:
   template <class T>
   void add(const T* p, int64_t stride, int64_t rows, int64_t columns) {
+    if (count_ == kMostAreas) return;
     Area& area = areas_[count_++];
     area = {reinterpret_cast<const char*>(p), stride * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), rows, 0};
     lines_ += rows * ((area.bytes + 63) / 64);
@@ -76,7 +78,8 @@ class Prefetch {
     const char* row;
     int64_t stride, bytes, rows, at;
   };
-  Area areas_[2];
+  static constexpr int kMostAreas = 8;
+  Area areas_[kMostAreas];
   int count_ = 0;
   int64_t lines_ = 0, share_ = 0;
 };
@@ -105,7 +108,7 @@ XF_NOINLINE void tile_product_rows(int64_t depth, const T* a, int64_t a_row, int
   }
   asm("" : "+r"(c), "+r"(c_ld));  // or the addresses of every store are computed, and spilled, before the loop
   // The old C joins last: sums over many blocks lose less than one long chain would.
-  if (start == Start::rescale) {
+  if (scale && start == Start::rescale) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec factor = load(scale + v * kLanes);
@@ -134,10 +137,15 @@ XF_INLINE void tile_product_chunk(int64_t rows, int64_t depth, const T* a, int64
 }
 
 template <int V, class T>
+void long_tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld,
+                       float* c, int64_t c_ld, Start start, const float* scale);
+
+template <int V, class T>
 void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld, float* c,
                   int64_t c_ld, Start start, const float* scale = nullptr, Prefetch* prefetch = nullptr) {
   constexpr int R = kTileRows<V>;
   if (rows <= 0) return;
+  if (depth > kLongestChain) return long_tile_product<V>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
   const int64_t chunks = (rows + R - 1) / R, least = rows / chunks, longer = rows % chunks;
   if (prefetch) prefetch->start(chunks);
   for (int64_t i = 0; i < chunks; ++i) {
@@ -146,6 +154,16 @@ void tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_
     tile_product_chunk<R, V>(now, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
     a += now * a_row;
     c += now * c_ld;
+  }
+}
+
+template <int V, class T>
+void long_tile_product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_red, const T* b, int64_t b_ld,
+                       float* c, int64_t c_ld, Start start, const float* scale) {
+  for (int64_t done = 0; done < depth; done += kLongestChain) {
+    const int64_t now = depth - done < kLongestChain ? depth - done : kLongestChain;
+    tile_product<V>(rows, now, a + done * a_red, a_row, a_red, b + done * b_ld, b_ld, c, c_ld, start, scale);
+    start = Start::accumulate;
   }
 }
 

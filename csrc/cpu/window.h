@@ -1,16 +1,8 @@
 // Windowed attention, for every instruction set: what the launcher hands to the kernels.
 #pragma once
-#include "kernel.h"
+#include "map.h"
 
 namespace xformer_fast {
-
-constexpr int kMaxAxes = 3;  // maps of fewer axes have leading sides of 1
-
-// A (batch, *space, heads, head_dim) view whose last stride is 1.
-struct MapView {
-  void* data = nullptr;
-  int64_t batch = 0, axis[kMaxAxes] = {0, 0, 0}, head = 0;  // strides
-};
 
 struct WindowAttention {
   Element element;

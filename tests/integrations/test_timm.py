@@ -5,17 +5,9 @@ import importlib
 
 import pytest
 import torch
-from host_models import check_autocast, check_close, check_equal, check_life, disturb, twins
+from host_models import check_autocast, check_close, check_equal, check_life, disturb, import_timm, twins
 
-try:
-    import torchvision  # noqa: F401
-except ModuleNotFoundError:
-    pass
-except RuntimeError:  # a torchvision without kernels for this torch: timm's models need none of them
-    _library = torch.library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-timm = pytest.importorskip("timm")
+timm = import_timm()
 
 from timm.layers import Attention, AttentionRope  # noqa: E402
 

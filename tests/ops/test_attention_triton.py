@@ -76,7 +76,11 @@ def run(query, key, value, **options):
         (reference.attention, None),
     ):
         leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in tensors.items()}
-        out, lse = function(**leaves, **options, return_lse=True)
+        arguments = {**leaves, **options}
+        if "rel_h" in leaves:
+            arguments["decomposed_bias"] = arguments.pop("rel_h"), arguments.pop("rel_w")
+        torch.manual_seed(0)
+        out, lse = function(**arguments, return_lse=True)
         loss = (out * grad_out).sum() + (lse.masked_fill(lse.isinf(), 0) * grad_lse).sum()
         grads = torch.autograd.grad(loss, list(leaves.values()))
         results.append({"out": out, "lse": lse, **dict(zip(leaves, grads, strict=True))})
@@ -98,13 +102,42 @@ def test_mask_gradient_over_broadcast_axes(broadcast):
 
 @pytest.mark.parametrize("dims", [(1, 1), (3, 200), (130, 5), (256, 256)], ids=str)
 def test_head_dims(dims):
-    run(*inputs(1, 2, 1, 17, 40, *dims), causal=True)
+    run(*inputs(1, 2, 1, 19, 40, *dims), causal=True)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (5, 0), (40, 3), (-1, 2), (7, -1), (100, 100)], ids=str)
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 def test_windows(window, causal):
     run(*inputs(1, 1, 1, 70, 50, 8), window=window, causal=causal)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (0, 0), (9, 0), (-1, 2), (20, -1)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_global_keys(window, causal, monkeypatch):
+    """Two blocks of them, and several shares of the queries."""
+    monkeypatch.setattr("xformer_fast.kernels.attention_backward.GLOBAL_SHARE", 32)
+    keys = torch.tensor([[*range(12), 49, 20, 20, 3, -1, 30, 33, 34], [5, *[-1] * 19]])
+    run(*inputs(2, 2, 1, 70, 50, 8), window=window, causal=causal, global_keys=keys)
+
+
+@pytest.mark.parametrize("learned", ["mask", "alibi_slopes"])
+def test_global_keys_beside_a_learned_bias(learned):
+    """Biases gather from global keys outside the window too."""
+    bias = {"mask": torch.randn(1, 1, 1, 90), "alibi_slopes": torch.rand(2)}[learned]
+    keys = torch.tensor([2, 70, 40])
+    run(*inputs(1, 2, 1, 40, 90, 8), window=(4, 4), global_keys=keys, dropout_p=0.2, **{learned: bias})
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 23), (1, 40), (40, 1)], ids=str)
+@pytest.mark.parametrize(
+    "beside", [{}, {"window": (5, 5), "global_keys": torch.tensor([1, 33])}], ids=["alone", "window"]
+)
+def test_decomposed_bias(shape, beside):
+    """Maps narrower and wider than a tile of keys."""
+    rows, columns = shape
+    tensors = inputs(1, 2, 1, 35, rows * columns, 8)
+    bias = {"rel_h": torch.randn(1, 2, 35, rows), "rel_w": torch.randn(1, 2, 35, columns)}
+    run(*tensors, **bias, **{n: v % (rows * columns) if n == "global_keys" else v for n, v in beside.items()})
 
 
 @pytest.mark.parametrize("p", [0.25, 0.75])

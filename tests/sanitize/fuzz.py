@@ -1,4 +1,4 @@
-"""Random attention and windowed calls, results and all gradients, on every instruction set here, under sanitizers.
+"""Random calls of attention and of its forms on maps, with all gradients, on every instruction set, under sanitizers.
 
 Right or wrong is for the other tests to say: here only memory and undefined behaviour are watched.
 """
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import neighborhood_cases
 import window_cases
 from attention_cases import draw, evaluate, on_backend
 
@@ -29,10 +30,11 @@ def main():
     for i in tqdm(range(args.calls), mininterval=0.2 if sys.stderr.isatty() else 15):
         level, seed = levels[i % len(levels)], i // len(levels)
         os.environ["XFORMER_FAST_ISA"] = level
-        if seed % 5 == 4:
-            case = window_cases.draw(seed, DTYPES[seed % 3])
+        maps = {3: neighborhood_cases, 4: window_cases}.get(seed % 5)
+        if maps:
+            case = maps.draw(seed, DTYPES[seed % 3])
             args.note.write_text(f"{level}, seed {seed}: {case}\n")
-            window_cases.evaluate(case, window_cases.on_backend("cpu"))
+            maps.evaluate(case, maps.on_backend("cpu"))
             continue
         case = draw(seed, DTYPES[seed % 3], packed=seed % 4 == 3, long=seed % 25 == 24)
         args.note.write_text(f"{level}, seed {seed}: {case}\n")

@@ -46,6 +46,8 @@ class Call:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    global_keys: int | Tensor | None = None
+    decomposed_bias: tuple[Tensor, Tensor] | None = None
 
 
 def attention(
@@ -56,10 +58,12 @@ def attention(
     mask: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int, int] | None = None,
+    global_keys: int | Tensor | None = None,
     key_lengths: Tensor | None = None,
     rope: Rope | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: T5Bias | DistanceBias | None = None,
+    decomposed_bias: tuple[Tensor, Tensor] | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -80,10 +84,18 @@ def attention(
         causal: True keeps keys j <= p_i with p_i = i + Sk - Sq (the last query meets the last key); "top_left" uses
             p_i = i, torch's rule, here and wherever p_i is named below.
         window: (left, right) keeps p_i - left <= j <= p_i + right; -1 is no limit.
+        global_keys: keys that every query sees beside its window: a count n (the first n keys), or int32 or int64
+            indices, (G,) or (B, G). -1 in a row is no key, for rows of fewer than G. A key that is named twice, or is
+            inside the window too, counts once. Causal limit, key_lengths and masks still bind. Time and memory grow by
+            that of G keys. Global tokens whose queries see every key (Beltagy et al., "Longformer", 2020) take a second
+            call without a window: models project them apart.
         key_lengths: (B,) int32 or int64; keys at or past it are padding and never reach a result. Never moves p_i.
         rope: rotates query (at p_i) and key (at j) inside the op.
         alibi_slopes: (Hq,) or (B, Hq); adds -slope · |p_i - j|. May require grad.
         relative_bias: T5Bias or DistanceBias, a bias of head and distance j - p_i, with gradient.
+        decomposed_bias: (rel_h, rel_w), (B, Hq, Sq, H) and (B, Hq, Sq, W), where the keys are a map of H x W, row by
+            row: adds rel_h[..., j // W] + rel_w[..., j % W]. May require grad. The decomposed relative positions of Li
+            et al., "MViTv2" (2022), also SAM's.
         sinks: (Hq,); one more logit a head in the softmax denominator. May require grad.
         scale: multiplies Q K^T; default 1/sqrt(D).
         softcap: s becomes softcap · tanh(s / softcap), before biases.
@@ -104,12 +116,12 @@ def attention(
 
     >>> import torch, xformer_fast
     >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
-    >>> xformer_fast.attention(q, k, v, causal=True, window=(63, 0)).shape
+    >>> xformer_fast.attention(q, k, v, causal=True, window=(63, 0), global_keys=4).shape
     torch.Size([2, 8, 128, 64])
     """
     call = _dense_call(
-        query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, sinks, scale, softcap,
-        dropout_p, return_lse,
+        query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
+        decomposed_bias, sinks, scale, softcap, dropout_p, return_lse,
     )  # fmt: skip
     return TABLE.choose(call, backend).run(call)
 
@@ -257,8 +269,9 @@ def explain(function: Callable, *args, **options) -> dict[str, str]:
 
 
 def _dense_call(
-    query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *numbers
-) -> Call:
+    query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
+    decomposed_bias, *rest,
+) -> Call:  # fmt: skip
     checks.check_qkv(query, key, value, "(B, H, S, D)")
     batch, heads, len_q, _ = query.shape
     len_k = key.shape[2]
@@ -267,8 +280,14 @@ def _dense_call(
             raise ValueError(f"{name} has batch {tensor.shape[0]}, query has {batch}: they must be equal")
     if mask is not None:
         checks.check_mask(mask, batch, heads, len_q, len_k, query.device)
-    call = Call(query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *numbers)
+    call = Call(query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *rest)
     call.max_seqlen_q, call.max_seqlen_k = len_q, len_k
+    if global_keys is not None:
+        checks.check_global_keys(global_keys, batch, query.device)
+        call.global_keys = global_keys
+    if decomposed_bias is not None:
+        checks.check_decomposed_bias(decomposed_bias, batch, heads, len_q, len_k, query.device)
+        call.decomposed_bias = tuple(decomposed_bias)
     _check_options(call, batch, heads)
     return call
 
@@ -323,7 +342,8 @@ def run_reference(call: Call):
     shared = ("causal", "window", "key_lengths", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
     options = {name: getattr(call, name) for name in (*shared, "dropout_p", "return_lse")}
     if call.cu_seqlens_q is None:
-        return reference.attention(call.query, call.key, call.value, mask=call.mask, rope=call.rope, **options)
+        options |= {name: getattr(call, name) for name in ("mask", "rope", "global_keys", "decomposed_bias")}
+        return reference.attention(call.query, call.key, call.value, **options)
     query, key = call.query, call.key
     if call.rope is not None:
         query, key = _rotate_packed(call, "reference")
@@ -338,6 +358,8 @@ def _check_values(call: Call):
         limits = checks.check_offset_values("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k)
     if limits is not None and call.key_lengths is not None and checks.values_are_readable(call.key_lengths):
         checks.check_length_values("key_lengths", call.key_lengths, limits)
+    if isinstance(call.global_keys, Tensor) and checks.values_are_readable(call.global_keys):
+        checks.check_global_key_values(call.global_keys, call.key.shape[2])
 
 
 def _rotate_packed(call: Call, backend: str | None = None):
@@ -351,7 +373,8 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
 
     def run(call: Call):
         query, key, mask, causal = call.query, call.key, call.mask, call.causal
-        checks.refuse_forward_ad("attention", query, key, call.value, mask, call.alibi_slopes, call.sinks)
+        rel_h, rel_w = call.decomposed_bias or (None, None)
+        checks.refuse_forward_ad("attention", query, key, call.value, mask, call.alibi_slopes, call.sinks, rel_h, rel_w)
         top_left = causal == "top_left"
         if call.rope is not None:
             if call.cu_seqlens_q is None:
@@ -370,9 +393,12 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
                 mask.requires_grad and mask.shape[3] != key.shape[2]
             ):  # a bias of the row alone: its gradient wants the sum
                 mask = mask.expand(-1, -1, -1, key.shape[2])
-        slopes, sinks = call.alibi_slopes, call.sinks
+        slopes, sinks, global_keys = call.alibi_slopes, call.sinks, call.global_keys
+        if global_keys is not None and not isinstance(global_keys, Tensor):
+            count = torch.sym_min(global_keys, key.shape[2])
+            global_keys = torch.arange(count, dtype=torch.int32, device=query.device)
         left, right = (-1, -1) if call.window is None else call.window
-        sums = _any_requires_grad((mask, slopes, distance_bias, sinks))
+        sums = _any_requires_grad((mask, slopes, distance_bias, sinks, rel_h, rel_w))
         arguments = (
             query,
             key,
@@ -385,6 +411,9 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             distance_bias,
             None if sinks is None else sinks.float().contiguous(),
             reference.draw_seed(query.device) if call.dropout_p > 0 else None,
+            global_keys,
+            None if rel_h is None else rel_h.float(),
+            None if rel_w is None else rel_w.float(),
             call.max_seqlen_q,
             call.max_seqlen_k,
             query.shape[-1] ** -0.5 if call.scale is None else float(call.scale),

@@ -18,8 +18,9 @@ from .. import reference
 
 OPTIONS = (
     "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
-    "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float scale, float softcap, float dropout_p, int causal, SymInt window_left, SymInt window_right"
+    "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, Tensor? global_keys, Tensor? rel_h, Tensor? rel_w, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, int causal, "
+    "SymInt window_left, SymInt window_right"
 )
 FORWARD_SCHEMA = (
     f"(Tensor query, Tensor key, Tensor value, {OPTIONS}, bool save_residual, bool exact_weights) "
@@ -28,8 +29,10 @@ FORWARD_SCHEMA = (
 BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"Tensor residual, {OPTIONS}, bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, "
-    "bool need_sinks_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool need_sinks_grad, bool need_decomposed_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+TENSOR_OPTIONS = OPTIONS.count("Tensor")  # they come first
 NOT_CAUSAL, BOTTOM_RIGHT, TOP_LEFT = 0, 1, 2
 _LIBRARY = torch.library.Library("xformer_fast", "FRAGMENT")
 
@@ -65,6 +68,7 @@ def register(backend: str) -> Operator:
     def first_order(ctx, grad_out, grad_lse, _):
         query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 8, 9)]
+        needs.append(ctx.needs_input_grad[12] or ctx.needs_input_grad[13])
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         arguments = grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs
         if torch._C._are_functorch_transforms_active():
@@ -74,8 +78,9 @@ def register(backend: str) -> Operator:
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = backward(*arguments)
-        mask, *rest = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
-        return *grads[:3], mask, None, None, None, *rest, *[None] * 11
+        needs.append(needs[-1])  # rel_h and rel_w come together
+        mask, slopes, distances, sinks, *rel = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
+        return *grads[:3], mask, None, None, None, slopes, distances, sinks, None, None, *rel, *[None] * 10
 
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
@@ -120,11 +125,10 @@ def _forward_fake(query, key, value, *options):
 
 
 def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, residual, *options):
-    mask, alibi_slopes, distance_bias, sinks = options[0], *options[4:7]
-    needs = options[-4:]
+    learned, needs = (options[0], *options[4:7], *options[9:11]), (*options[-5:], options[-1])
     rest = [
         like.new_empty(like.shape) if need else query.new_empty(0, dtype=torch.float32)
-        for like, need in zip((mask, alibi_slopes, distance_bias, sinks), needs, strict=True)
+        for like, need in zip(learned, needs, strict=True)
     ]
     return (*(in_order_of(t, t.shape[-1]) for t in (query, key, value)), *rest)
 
@@ -132,8 +136,8 @@ def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, residual, *o
 def _save_forward(ctx, inputs, output):
     query, key, value, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, *options[:8])
-    ctx.numbers = options[8:-2]
+    ctx.save_for_backward(query, key, value, *output, *options[:TENSOR_OPTIONS])
+    ctx.numbers = options[TENSOR_OPTIONS:-2]
 
 
 def _save_backward(ctx, inputs, output):
@@ -149,15 +153,14 @@ def _second_order(ctx, *grad_grads):
     for place, tensor in zip(ctx.tensor_places, ctx.saved_tensors, strict=True):
         inputs[place] = tensor
     grad_out, grad_lse, query, key, value, _, _, _, *options = inputs
-    mask, key_lengths, cu_q, cu_k, alibi_slopes, distance_bias, sinks, seed, *numbers = options[:16]
-    max_q, max_k, scale, softcap, dropout_p, causal, left, right = numbers
-    names = ("query", "key", "value", "mask", "alibi_slopes", "distance_bias", "sinks", "grad_out", "grad_lse")
-    tensors = (query, key, value, mask, alibi_slopes, distance_bias, sinks, grad_out, grad_lse)
-    leaves = {
-        n: t.detach().requires_grad_()
-        for n, t in zip(names, tensors, strict=True)
-        if t is not None and t.is_floating_point()
-    }
+    mask, key_lengths, cu_q, cu_k, alibi_slopes, distance_bias, sinks, seed, *options = options
+    global_keys, rel_h, rel_w, max_q, max_k, scale, softcap, dropout_p, causal, left, right, *_ = options
+    tensors = {
+        "query": query, "key": key, "value": value, "mask": mask, "alibi_slopes": alibi_slopes,
+        "distance_bias": distance_bias, "sinks": sinks, "rel_h": rel_h, "rel_w": rel_w,
+        "grad_out": grad_out, "grad_lse": grad_lse,
+    }  # fmt: skip
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point()}
     with torch.enable_grad():
         distances = leaves.get("distance_bias")
         if distances is not None:
@@ -170,14 +173,17 @@ def _second_order(ctx, *grad_grads):
         }  # fmt: skip
         qkv = leaves["query"], leaves["key"], leaves["value"]
         if query.dim() == 4:
-            out, lse = reference.attention(*qkv, mask=leaves.get("mask", mask), **keywords)
+            keywords |= {"mask": leaves.get("mask", mask), "global_keys": global_keys}
+            if rel_h is not None:
+                keywords["decomposed_bias"] = leaves["rel_h"], leaves["rel_w"]
+            out, lse = reference.attention(*qkv, **keywords)
         else:
             out, lse = reference.varlen_attention(*qkv, cu_q, cu_k, **keywords)
         outputs, weights = [out], [leaves["grad_out"]]
         if grad_lse is not None:
             outputs.append(lse.masked_fill(lse.isinf(), 0).to(leaves["grad_lse"].dtype))
             weights.append(leaves["grad_lse"])
-        wanted = [(leaves[n], g) for n, g in zip(names, grad_grads, strict=False) if n in leaves and g is not None]
+        wanted = [(leaves[n], g) for n, g in zip(tensors, grad_grads, strict=False) if n in leaves and g is not None]
         if not wanted:
             return (None,) * len(ctx.inputs)
         first = torch.autograd.grad(
@@ -189,7 +195,7 @@ def _second_order(ctx, *grad_grads):
         ) if pairs else [None] * len(leaves)  # fmt: skip
     grads = dict(zip(leaves, second, strict=True))
     at = {"grad_out": 0, "grad_lse": 1, "query": 2, "key": 3, "value": 4, "mask": 8, "alibi_slopes": 12}
-    at |= {"distance_bias": 13, "sinks": 14}
+    at |= {"distance_bias": 13, "sinks": 14, "rel_h": 17, "rel_w": 18}
     result = [None] * len(ctx.inputs)
     for name, grad in grads.items():
         if ctx.needs_input_grad[at[name]]:

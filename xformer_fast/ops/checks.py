@@ -69,6 +69,42 @@ def check_lengths(name: str, lengths, batch, device):
     check_device(name, lengths, device)
 
 
+def check_global_keys(keys, batch, device):
+    if isinstance(keys, (int, torch.SymInt)) and not isinstance(keys, bool):
+        if keys < 0:
+            raise ValueError(f"global_keys must be a count >= 0 or a tensor of indices, got {keys}")
+        return
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"global_keys must be an int (a count) or a torch.Tensor of indices, got {type(keys).__name__}")
+    if keys.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"global_keys must be int32 or int64, got {keys.dtype}")
+    if keys.dim() not in (1, 2) or (keys.dim() == 2 and keys.shape[0] != batch):
+        raise ValueError(f"global_keys must be (G,) or ({batch}, G), got {tuple(keys.shape)}")
+    check_device("global_keys", keys, device)
+
+
+def check_global_key_values(keys: Tensor, len_k: int):
+    wrong = ((keys < -1) | (keys >= len_k)).nonzero()
+    if len(wrong):
+        place = tuple(wrong[0].tolist())
+        index = keys[place].item()
+        raise ValueError(f"global_keys{list(place)} is {index}, must lie in 0..{len_k - 1}, or be -1 for no key")
+
+
+def check_decomposed_bias(bias, batch, heads, len_q, len_k, device):
+    if not isinstance(bias, (tuple, list)) or len(bias) != 2:
+        raise TypeError(f"decomposed_bias must be a pair (rel_h, rel_w), got {type(bias).__name__}")
+    for name, rel in (("rel_h", bias[0]), ("rel_w", bias[1])):
+        name = f"decomposed_bias: {name}"
+        check_float(name, rel)
+        check_device(name, rel, device)
+        if rel.dim() != 4 or rel.shape[:3] != (batch, heads, len_q):
+            raise ValueError(f"{name} must be ({batch}, {heads}, {len_q}, H or W), got {tuple(rel.shape)}")
+    rows, columns = bias[0].shape[3], bias[1].shape[3]
+    if rows * columns != len_k:
+        raise ValueError(f"decomposed_bias is of {rows} x {columns} keys: the product must be {len_k}, those of key")
+
+
 def check_length_values(name: str, lengths: Tensor, limits: list[int]):
     for b, (length, limit) in enumerate(zip(lengths.tolist(), limits, strict=True)):
         if not 0 <= length <= limit:

@@ -1,0 +1,148 @@
+"""Tokens per second of Hugging Face's `generate`, before and after `patch`: LLaMA, GPT-2 and T5 shapes, random weights.
+
+    python -m benchmarks.generation --out benchmarks/results       # or a CSV
+
+Greedy, a batch padded on the left, 64 new tokens, dynamic and static caches; the tokens must be the same. The models
+have the widths of LLaMA-3 1B, GPT-2 and T5-base and fewer layers. Prefill is timed with the rest, as a user would see
+it, and by itself (one new token), so that the time of a decoded token can be told from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import re
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import xformer_fast
+
+from . import measure
+from .op import DTYPES
+from .run import quiet
+
+NEW_TOKENS, VOCAB, ROUNDS = 64, 4000, 3
+SPECIAL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+MODELS = {  # class, config: full width, few layers
+    "llama": (
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "max_position_embeddings": 16384,
+        },
+    ),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 768, "n_layer": 4, "n_head": 12, "n_positions": 16384}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 12,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}  # fmt: skip
+COLUMNS = [
+    "date", "commit", "device", "cpu", "threads", "python", "torch", "xformer_fast",
+    "model", "layers", "dtype", "cache", "batch", "prompt", "new_tokens", "attention", "tokens_per_s", "prefill_ms",
+    "ms_per_token", "speedup", "same_tokens",
+]  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype):
+    import transformers
+
+    kind, sizes = MODELS[name]
+    cls = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return cls(cls.config_class(**SPECIAL, **sizes)).eval().to(dtype)
+
+
+def prompt_of(batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Sequences of length, length - 1/4 and so on, padded on the left."""
+    ids = torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+    missing = torch.arange(batch)[:, None] * (length // 4) // max(1, batch - 1)
+    mask = torch.arange(length) >= missing
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+@torch.no_grad()
+def timed(model, inputs: dict[str, torch.Tensor], cache: str, count: int) -> tuple[float, torch.Tensor]:
+    options = {"cache_implementation": cache, "disable_compile": True, "do_sample": False}
+    start = time.perf_counter()
+    tokens = model.generate(**inputs, min_new_tokens=count, max_new_tokens=count, **options)
+    return time.perf_counter() - start, tokens
+
+
+def rows_of(name: str, dtype: str, cache: str, batch: int, length: int) -> list[dict[str, Any]]:
+    """Host and patched, interleaved; medians."""
+    model, inputs = build(name, DTYPES[dtype]), prompt_of(batch, length)
+    seconds: dict[str, dict[int, list[float]]] = {k: {1: [], NEW_TOKENS: []} for k in ("host", "xformer_fast")}
+    tokens = {}
+    for turn in range(ROUNDS + 1):
+        for attention, of_count in seconds.items():
+            if attention == "xformer_fast":
+                xformer_fast.patch(model)
+            for count, times in of_count.items():
+                duration, made = timed(model, inputs, cache, count)
+                if turn:  # the first is a warm-up
+                    times.append(duration)
+                if count == NEW_TOKENS:
+                    tokens[attention] = made
+            xformer_fast.unpatch(model)
+    same = torch.equal(*tokens.values())
+    rows = []
+    for attention, of_count in seconds.items():
+        prefill, whole = (statistics.median(of_count[n]) for n in (1, NEW_TOKENS))
+        rows.append(
+            {
+                "model": name, "layers": model.config.num_hidden_layers,
+                "dtype": dtype, "cache": cache, "batch": batch, "prompt": length, "new_tokens": NEW_TOKENS,
+                "attention": attention, "tokens_per_s": batch * NEW_TOKENS / whole, "prefill_ms": prefill * 1e3,
+                "ms_per_token": (whole - prefill) / (NEW_TOKENS - 1) * 1e3, "same_tokens": same,
+            }
+        )  # fmt: skip
+    for row in rows:
+        row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-results"))
+    parser.add_argument("--model", default=",".join(MODELS))
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--cache", default="dynamic,static")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=1024)
+    args = parser.parse_args()
+    quiet()
+    facts = measure.machine_facts("cpu")
+    path = args.out
+    if path.suffix != ".csv":
+        path = path / re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-") / "generation.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [(m, d, c) for m in args.model.split(",") for d in args.dtype.split(",") for c in args.cache.split(",")]
+    all_same = True
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for model, dtype, cache in tqdm(cells, unit="cell"):
+            for row in rows_of(model, dtype, cache, args.batch, args.prompt):
+                writer.writerow(facts | {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+                all_same &= row["same_tokens"] or dtype != "float32"
+                tqdm.write(
+                    f"{model:<6} {dtype:<9} {cache:<8} {row['attention']:<13} {row['tokens_per_s']:8.1f} tokens/s"
+                    f"{row['prefill_ms']:10.1f} ms prefill {row['ms_per_token']:8.2f} ms a token {row['speedup']:6.2f}x"
+                    f"{'' if row['same_tokens'] else '  other tokens'}"
+                )
+            file.flush()
+    return 0 if all_same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+// What the launchers of operators on maps share.
+#pragma once
+#include "launch.h"
+#include "map.h"
+
+namespace xformer_fast {
+
+using Sizes = std::vector<int64_t>;
+
+inline MapView map_view(const Tensor& t) {
+  const int64_t axes = t.dim() - 3;
+  MapView view;
+  view.data = t.data_ptr();
+  view.batch = t.stride(0);
+  view.head = t.stride(axes + 1);
+  for (int64_t x = 0; x < axes; ++x) view.axis[kMaxAxes - axes + x] = t.stride(x + 1);
+  return view;
+}
+
+// (B, *space, H, last) in the memory order of `like`: heads inside the map's axes, or outside.
+inline Tensor empty_map_in_order_of(const Tensor& like, int64_t last) {
+  const int64_t axes = like.dim() - 3;
+  Sizes shape;
+  for (int64_t i = 0; i < like.dim() - 1; ++i) shape.push_back(like.size(i));
+  shape.push_back(last);
+  if (like.stride(axes + 1) <= like.stride(1)) return torch::stable::new_empty(like, shape);
+  for (int64_t i = axes + 1; i > 1; --i) std::swap(shape[i], shape[i - 1]);
+  Tensor out = torch::stable::new_empty(like, shape);
+  for (int64_t i = 1; i <= axes; ++i) out = torch::stable::transpose(out, i, i + 1);
+  return out;
+}
+
+}  // namespace xformer_fast

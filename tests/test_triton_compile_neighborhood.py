@@ -1,0 +1,123 @@
+"""Compiles the Triton kernels of neighborhood attention to sm_80 and sm_90, as test_triton_compile does."""
+
+import contextlib
+import functools
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
+
+
+@dataclass(frozen=True)
+class Config:
+    arch: int
+    head_dim: int
+    kernel: tuple[int, ...] = (7, 7)
+    dtype: str = "bfloat16"
+    table: bool = True
+    causal: bool = False
+
+    def __str__(self):
+        kernel = "x".join(map(str, self.kernel))
+        options = "-table" * self.table + "-causal" * self.causal
+        return f"sm{self.arch}-D{self.head_dim}-{kernel}-{self.dtype}{options}"
+
+
+MAIN = [Config(arch, dim) for arch in (80, 90) for dim in (32, 64)]
+MAIN += [Config(80, 64, (3, 7, 7), causal=True), Config(90, 128, (63,), "float16", table=False)]
+MORE = [Config(arch, 128) for arch in (80, 90)] + [Config(arch, 256, table=False) for arch in (80, 90)]
+MORE += [Config(arch, dim, table=False) for arch in (80, 90) for dim in (32, 64, 128)]
+MORE += [Config(arch, dim, (3, 7, 7), "float16") for arch in (80, 90) for dim in (32, 64)]
+MORE += [Config(arch, dim, dtype="float32") for arch in (80, 90) for dim in (32, 64)]
+
+
+@contextlib.contextmanager
+def launches_only_compile(arch: int):
+    from xformer_fast.kernels import neighborhood_attention, neighborhood_attention_backward, neighborhood_tiles
+
+    compiled, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, warmup, **keywords):
+        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", compile_only)
+        patch.setattr(neighborhood_tiles, "architecture", lambda device: f"sm{arch}")
+        for module in (neighborhood_attention, neighborhood_attention_backward):
+            patch.setattr(module, "launch_context", lambda tensor: contextlib.nullcontext())
+        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
+        yield compiled
+
+
+def call(config: Config, side: int = 64, batch: int = 2):
+    """Forward and backward on CPU tensors of which only shapes and strides matter."""
+    from xformer_fast.kernels import neighborhood_attention, neighborhood_attention_backward
+
+    axes, heads = len(config.kernel), 4
+    shape = batch, *(side,) * axes, heads, config.head_dim
+    query, key, value = (torch.empty(shape, dtype=getattr(torch, config.dtype)) for _ in range(3))
+    rows = torch.Size(2 * k - 1 for k in config.kernel).numel()
+    table = torch.empty(rows, heads) if config.table else None
+    options = table, config.kernel, (1,) * axes, (int(config.causal),) * axes, 0.125
+    out = neighborhood_attention.forward(query, key, value, *options)
+    neighborhood_attention_backward.backward(out, query, key, value, *options, config.table)
+
+
+def resources(config: Config) -> list[dict]:
+    with launches_only_compile(config.arch) as compiled:
+        call(config)
+    rows = []
+    for name, kernel in compiled:
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
+        matrix = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", disassemble(kernel, "-sass"))))
+        row = {"kernel": name, "shared": kernel.metadata.shared, "matrix": matrix}
+        rows.append({**row, **{field: int(number) for field, number in usage}})
+    return rows
+
+
+@functools.cache
+def compiled_in_parallel(configs: tuple) -> dict:
+    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
+        jobs = {config: pool.submit(resources, config) for config in configs}
+        return {config: job.exception() or job.result() for config, job in jobs.items()}
+
+
+def check(config: Config, configs: list[Config]):
+    rows = compiled_in_parallel(tuple(configs))[config]
+    if isinstance(rows, Exception):
+        raise rows
+    assert len(rows) == (4 if config.table else 3)
+    for row in rows:
+        assert row["STACK"] + row["LOCAL"] == 0, f"{config}: {row['kernel']} has {row['STACK']} bytes of stack"
+        assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
+        assert row["matrix"], f"{config}: {row['kernel']} uses no matrix instructions"
+
+
+@pytest.mark.parametrize("config", MAIN, ids=str)
+def test_main_configurations(config):
+    check(config, MAIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", MORE, ids=str)
+def test_other_configurations(config):
+    check(config, MORE)
+
+
+def test_a_new_map_compiles_nothing():
+    with launches_only_compile(90) as compiled:
+        config = Config(90, 64)
+        call(config)
+        first = {kernel.hash for _, kernel in compiled}
+        for side, batch in ((56, 2), (15, 3), (113, 1), (7, 4)):
+            call(config, side, batch)
+        assert {kernel.hash for _, kernel in compiled} == first
