@@ -47,6 +47,7 @@ constexpr int64_t kBlockBytes = 1024 * 1024; // of packed keys and values with t
 constexpr int64_t kTileKeys = 128;           // keys of a score tile
 constexpr int64_t kStripKeys = 32;           // of the part that goes from scores to dS while it is in the L1 cache
 constexpr int64_t kRowsPerTask = 256;        // query rows a task of the first and the last run
+constexpr int64_t kGradientChain = 32;       // terms of dP added one behind the other: dS is a difference of such sums
 
 struct Range {
   int64_t begin, end;
@@ -128,8 +129,9 @@ void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
     const T* out = row_of<const T>(a.out, b, h, a.query_row0(b) + i0);
     const T* grad = row_of<const T>(p.g.grad_out, b, h, a.query_row0(b) + i0);
     const T* residual = a.residual.data ? row_of<const T>(a.residual, b, h, a.query_row0(b) + i0) : nullptr;
-    Vec dot = zero();  // lane by lane in the order of dP's sum: a row with one key has dP = delta almost to the last bit
+    Vec sum = zero(), dot = zero();  // in the order of dP's sum: a row with one key has dP = delta almost to the last bit
     for (int64_t d = 0; d < a.head_dim_v; d += kLanes) {
+      if (d % kGradientChain == 0) sum += dot, dot = zero();
       const int n = int(min_of(kLanes, a.head_dim_v - d));
       Vec o[kLanes], g[kLanes];
       for (int r = 0; r < kLanes; ++r) {
@@ -142,7 +144,7 @@ void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
       for (int k = 0; k < n; ++k) dot = o[k] * g[k] + dot;
     }
     float dots[kLanes];
-    store(dots, dot);
+    store(dots, sum + dot);
     for (int r = 0; r < count; ++r) {
       const int64_t i = i0 + r;
       const float lse = a.lse[lse0 + i];
@@ -387,8 +389,9 @@ class KeyBlock {
     const int64_t width = lanes.end - lanes.begin, at = lanes.begin;
     product(n, width, (a_.head_dim + step - 1) / step, key_ + j * stage_, stage_, step, query_t_ + at * step, ld * step,
             out.scores + at, ld, Start::overwrite);
-    product(n, width, (a_.head_dim_v + step - 1) / step, value_ + j * stage_v_, stage_v_, step, grad_out_t_ + at * step,
-            ld * step, out.grad + at, ld, Start::overwrite);
+    for (int64_t d = 0; d < a_.head_dim_v; d += kGradientChain)
+      product(n, width, (min_of(kGradientChain, a_.head_dim_v - d) + step - 1) / step, value_ + j * stage_v_ + d, stage_v_,
+              step, grad_out_t_ + at * step + d * ld, ld * step, out.grad + at, ld, d ? Start::accumulate : Start::overwrite);
 
     const MapPanels<const float> map_bias{map_bias_, map_bias_ + a_.map_rows * ld, ld, a_.map_columns};
     const ScoreTile scores{out.scores, ld, b_, head, key0_ + j, q0, rows, a_.shift(b_), map_bias};

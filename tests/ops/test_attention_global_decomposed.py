@@ -72,7 +72,7 @@ def brute_force_keep(len_q, len_k, window, named, causal, limit):
 WINDOWS = [(4, 4), (7, 0), (0, 0), (-1, 3), (5, -1), (40, 40)]
 
 
-@pytest.mark.parametrize("window, dtype", zip(WINDOWS, DTYPES * 2, strict=True), ids=str)
+@pytest.mark.parametrize("window, dtype", [*zip(WINDOWS, DTYPES * 2, strict=True)], ids=str)
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 def test_longformer_written_out(backend, window, causal, dtype):
     inputs = qkv(2, 4, 2, 45, 53, 24, dtype)
