@@ -19,6 +19,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -68,6 +69,13 @@ def benchmark_parts() -> dict[str, list[Job]]:
     quick = [case for case in cases if case.quick]
     parts["bench-dtypes"] = [Job("attention", case.name, dtype) for dtype in ("float16", "float32") for case in quick]
     return parts
+
+
+def gpu_backends(op: str) -> list[str]:
+    """The GPU kernels of an op; benchmarks with names of their own (t5_attention) are calls of `attention`."""
+    from xformer_fast.dispatch import TABLES
+
+    return [name for name in TABLES.get(op, TABLES["attention"]).names() if name in ("triton", "cuda")]
 
 
 class Report:
@@ -225,7 +233,8 @@ def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report
         job = left.pop(0)
         rows = out / ".rows.csv"
         rows.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.run", "--op", job.op, "--device", "cuda", "--backend", "triton"]
+        command = [sys.executable, "-m", "benchmarks.run", "--op", job.op, "--device", "cuda"]
+        command += ["--backend", ",".join(gpu_backends(job.op))]
         command += ["--peer", PEERS[job.op]] if job.op in PEERS else []
         command += ["--case", job.case, "--dtype", job.dtype, "--seconds", "1", "--out", str(rows)]
         print(f"{part}: {job.case} {job.dtype}, {len(left)} to go", flush=True)
@@ -254,35 +263,38 @@ def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     cells = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
-            cells[row["case"], row["dtype"], row["mode"]][row["peer"].split(":")[0]] = float(row["ms"])
+            cells[row["case"], row["dtype"], row["mode"]][row["peer"]] = float(row["ms"])
     report(f"- {part}: {len(cells)} cells, {sum(row['status'] == 'wrong' for row in rows)} wrong results")
-    for mode in sorted({mode for _, _, mode in cells}):
+    names = {name for times in cells.values() for name in times}
+    ours = sorted(name for name in names if name.startswith("xformer_fast"))
+    for mode, own in itertools.product(sorted({mode for _, _, mode in cells}), ours):
         parts = []
-        for peer in sorted({peer for times in cells.values() for peer in times} - {"xformer_fast"}):
+        for peer in sorted(names - set(ours)):
             ratios = [
-                times[peer] / times["xformer_fast"]
+                times[peer] / times[own]
                 for key, times in cells.items()
-                if key[2] == mode and peer in times and "xformer_fast" in times
+                if key[2] == mode and peer in times and own in times
             ]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 parts.append(f"{peer} {mean:.2f}x (least {min(ratios):.2f}x, {len(ratios)} cases)")
-        report(f"  - {mode}, speed against {'; '.join(parts) or 'nobody'}")
+        report(f"  - {own}, {mode}, speed against {'; '.join(parts) or 'nobody'}")
 
 
 def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
-    """All but the GPU: the tests are collected, kernels compiled for sm_90, the benchmarks planned."""
+    """All but the GPU: the tests are collected, kernels compiled, the benchmarks planned."""
     status, output = run([sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only"], 120)
     count = sum("::" in line for line in output.splitlines())
     fine = status == 0 and count > 0
     report(f"- gpu tests: {count} collected" + ("" if fine else f", pytest ended with status {status}\n{tail(output)}"))
     compile_ = ["tests/test_triton_compile.py", "-k", "a_new_length"]  # the rest of that file is for `make test`
     status, output = run([sys.executable, "-m", "pytest", *compile_], 300, TRITON_INTERPRET="0")
-    fine = fine and status == 0 and " passed" in output
+    compiled = status == 0 and " passed" in output
     report(
         "- Triton kernels, forward and backward, for sm_90: "
-        + ("compiled" if fine else f"status {status}\n{tail(output)}")
+        + ("compiled" if compiled else f"status {status}\n{tail(output)}")
     )
+    fine = fine and compiled and dry_run_cuda(report)
     with (out / "plan.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "op", "case", "dtype"])
@@ -290,6 +302,20 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
     for part, jobs in parts.items():
         report(f"- {part}: {len(jobs)} cases planned")
     report("- proven.json: not touched by a dry run")
+    return fine
+
+
+def dry_run_cuda(report: Report) -> bool:
+    """The CUDA C++ kernels as far as this machine goes: one of them compiled, where nvcc is. False if that failed."""
+    report("- sanitizer: compute-sanitizer's " + ", ".join(SANITIZER_CHECKS) + " planned")
+    if not shutil.which("nvcc"):
+        report("- CUDA C++ kernels: not compiled here: no nvcc")
+        return True
+    command = [sys.executable, "-m", "pytest", "tests/test_cuda_compile.py"]  # all of them: make test-cuda
+    status, output = run(command, 300)
+    fine = status == 0 and " passed" in output
+    verdict = "rope compiled for every target" if fine else f"status {status}\n{tail(output)}"
+    report(f"- CUDA C++ kernels: {verdict}")
     return fine
 
 

@@ -23,6 +23,7 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "report.md").read_text()
     assert "gpu tests: " in report and "sm_90: compiled" in report and "Passed" in report
+    assert ("CUDA C++ kernels: rope compiled" if shutil.which("nvcc") else "no nvcc") in report
     with (tmp_path / "plan.csv").open(newline="") as file:
         planned = [row["case"] for row in csv.DictReader(file)]
     for kind in ("full_1k", "causal_32k", "gqa", "bias", "window", "decode"):
@@ -101,7 +102,7 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch):
             columns = "commit,op,case,dtype,mode,peer,status,ms"
             rows = [
                 f"{commit[0]},attention,{name},bfloat16,fwd,{peer},ok,{ms}"
-                for peer, ms in (("sdpa", 2), ("xformer_fast:triton", 1))
+                for peer, ms in (("sdpa", 2), ("xformer_fast:triton", 1), ("xformer_fast:cuda", 4))
             ]
             file.write("\n".join([columns, *rows]) + "\n")
         return 0, ""
@@ -114,6 +115,8 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch):
     assert not go(seconds=0) and not started
     assert not go() and started == ["a", "b", "c"]
     assert go() and started == ["a", "b", "c", "b"]
-    assert "sdpa 2.00x (least 2.00x, 3 cases)" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "xformer_fast:triton, fwd, speed against sdpa 2.00x (least 2.00x, 3 cases)" in report
+    assert "xformer_fast:cuda, fwd, speed against sdpa 0.50x (least 0.50x, 3 cases)" in report
     commit[0] = "two"
     assert go() and started[-3:] == ["a", "b", "c"]

@@ -1,5 +1,6 @@
 // The operators xformer_fast::attention_cuda and attention_cuda_backward: schema, tensors to raw pointers, workspaces.
 // Shapes, dtypes and option types were checked by the public function; kernels hold values that live in tensors to what there is.
+// The schema is every backend's; global keys and a decomposed bias have no kernel here.
 #include "attention.h"
 #include "launch.h"
 
@@ -13,7 +14,8 @@ constexpr int64_t kMaskBlocks = 1024;  // as many as keep any GPU busy: fewer ma
 constexpr int64_t kMaskTile = 64;
 
 struct Options {
-  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed;
+  OptionalTensor mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed,
+      global_keys, rel_h, rel_w;
   int64_t max_seqlen_q, max_seqlen_k;
   double scale, softcap, dropout_p;
   int64_t causal, window_left, window_right;
@@ -27,6 +29,7 @@ class Prepared {
 
   Prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
       : call(q), query_(with_unit_rows(q)), key_(with_unit_rows(k)), value_(with_unit_rows(v)) {
+    STD_TORCH_CHECK(!o.global_keys && !o.rel_h && !o.rel_w, "xformer_fast: the CUDA kernels take no global_keys and no decomposed_bias");
     const bool packed = q.dim() == 3;
     a.element = element_of(q, "query");
     a.heads_q = q.size(1);
@@ -100,12 +103,13 @@ class Prepared {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor key_lengths,
                                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
                                            OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed,
+                                           OptionalTensor global_keys, OptionalTensor rel_h, OptionalTensor rel_w,
                                            int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap, double dropout_p,
                                            int64_t causal, int64_t window_left, int64_t window_right, bool save_residual,
                                            bool exact_weights) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q,
-              max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, global_keys, rel_h,
+              rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
                    ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
@@ -120,15 +124,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
   return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor residual,
     OptionalTensor mask, OptionalTensor key_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     OptionalTensor alibi_slopes, OptionalTensor distance_bias, OptionalTensor sinks, OptionalTensor dropout_seed,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap, double dropout_p, int64_t causal, int64_t window_left,
-    int64_t window_right, bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) {
+    OptionalTensor global_keys, OptionalTensor rel_h, OptionalTensor rel_w, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+    double softcap, double dropout_p, int64_t causal, int64_t window_left, int64_t window_right, bool need_mask_grad,
+    bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad, bool /*need_decomposed_grad*/) {
   Prepared p(query, key, value,
-             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, max_seqlen_q,
-              max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
+             {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed, global_keys, rel_h,
+              rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   const CudaAttention& a = p.a;
   CudaCall& call = p.call;
   using torch::stable::new_empty;
@@ -145,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     if (need_alibi_grad) d_alibi = new_zeros(*alibi_slopes, alibi_slopes->sizes());
     if (need_distance_grad) d_distance = new_zeros(query, {a.heads_q, a.distance_count}, ScalarType::Float);
     if (need_sinks_grad) d_sinks = new_zeros(query, {a.heads_q}, ScalarType::Float);
-    return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks};
+    return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks, none(), none()};
   }
 
   const Tensor go = with_unit_rows(grad_out), o = with_unit_rows(out), l = torch::stable::contiguous(lse), e = with_unit_rows(residual);
@@ -191,13 +196,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   if (need_alibi_grad) d_alibi = torch::stable::sum(slope_shares, alibi_slopes->dim() == 2 ? Axes{2} : Axes{0, 2});
   if (need_sinks_grad) d_sinks = torch::stable::sum(sink_shares, Axes{0, 2});
-  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks};
+  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks, none(), none()};
 }
 
 #define XFORMER_FAST_ATTENTION_OPTIONS                                                                              \
   "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "           \
-  "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, "          \
-  "float scale, float softcap, float dropout_p, int causal, SymInt window_left, SymInt window_right"
+  "Tensor? distance_bias, Tensor? sinks, Tensor? dropout_seed, Tensor? global_keys, Tensor? rel_h, Tensor? rel_w, " \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float softcap, float dropout_p, int causal, "             \
+  "SymInt window_left, SymInt window_right"
 
 }  // namespace
 }  // namespace xformer_fast
@@ -208,8 +214,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
   m.def(
       "attention_cuda_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, Tensor residual, " XFORMER_FAST_ATTENTION_OPTIONS
-      ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad, "
+      "bool need_decomposed_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xformer_fast, XFORMER_FAST_DEVICE_KEY, m) {

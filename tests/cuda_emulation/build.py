@@ -3,6 +3,7 @@
     python -m tests.cuda_emulation.build
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -62,10 +63,12 @@ def _link(sources: list[tuple[Path, str]], library: Path, libraries: list[str]) 
     lines.append(f"build {library.name}: library {' '.join(objects)}")
     lines.append(f"  libraries = {' '.join(libraries)}\n")
     rules = FOLDER / f"{library.stem}.ninja"
-    rules.write_text("\n".join(lines))
-    ninja = Path(sys.executable).parent / "ninja"
-    command = [str(ninja) if ninja.exists() else "ninja", "--quiet", "-f", rules.name]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    with (FOLDER / "lock").open("w") as lock:  # processes of one test run come here at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rules.write_text("\n".join(lines))
+        ninja = Path(sys.executable).parent / "ninja"
+        command = [str(ninja) if ninja.exists() else "ninja", "--quiet", "-f", rules.name]
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulated kernels were not built:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
     if done.stdout.strip():

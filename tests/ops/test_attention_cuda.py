@@ -19,7 +19,7 @@ if dispatch.cuda_problem("attention_cuda") or not dispatch.emulates_cuda("attent
 
 from tests.cuda_emulation import plugin as device
 
-KERNEL_OPTIONS = [name for name in OPTIONS if name != "rope"]  # composed outside
+KERNEL_OPTIONS = [n for n in OPTIONS if n not in ("rope", "global_keys", "decomposed_bias")]  # composed, or refused
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MOST_TILES = 24  # of 32 x 32 scores, visited by one pass over a case
 
@@ -186,6 +186,14 @@ def test_matrix_loads_meet_no_bank_conflict(dtype):
     assert after.matrix_load_conflicts == before.matrix_load_conflicts
 
 
+@pytest.mark.parametrize("name", ["global_keys", "decomposed_bias"])
+def test_what_has_no_kernel_is_refused(name):
+    query, key, value = inputs(1, 1, 1, 4, 6, 8)
+    option = {"global_keys": 2, "decomposed_bias": (torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 3))}[name]
+    with pytest.raises(xformer_fast.BackendUnavailable, match=f"{name} is not in the CUDA kernels"):
+        xformer_fast.attention(query, key, value, **{name: option}, backend="cuda")
+
+
 def test_wrong_lengths_stay_in_memory():
     """Offsets and lengths past the tensors' rows, which only the CPU's operators refuse."""
     x = torch.randn(50, 2, 16)
@@ -193,7 +201,7 @@ def test_wrong_lengths_stay_in_memory():
     operator = torch.ops.xformer_fast.attention_cuda
     lengths = torch.tensor([500, -3])
     out, lse, _ = operator(
-        x, x, x, None, lengths, wrong, wrong, None, None, None, None, 900, 900, 0.25, 0.0, 0.0, 1, -1, -1, False, False
+        x, x, x, None, lengths, wrong, wrong, *[None] * 7, 900, 900, 0.25, 0.0, 0.0, 1, -1, -1, False, False
     )
     right = torch.tensor([0, 20, 50], dtype=torch.int32)
     expected = reference.varlen_attention(

@@ -507,6 +507,9 @@ def _triton_runner() -> Callable:
 
 
 def _cuda_unsupported(call: Call) -> str | None:
+    for name in ("global_keys", "decomposed_bias"):
+        if getattr(call, name) is not None:
+            return f"{name} is not in the CUDA kernels"
     return cuda_unsupported("attention_cuda", call.query.device) or _kernel_limits(call, 256)
 
 
