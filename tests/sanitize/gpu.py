@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
+sys.path.extend([str(TESTS), str(TESTS / "ops")])
 import attention_cases
 import decode_cases
 import rope_cases
