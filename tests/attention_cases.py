@@ -364,7 +364,7 @@ FEW = 64  # numbers
 def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
     """The formula in float64, and in the case's dtype.
 
-    The naive error of a gradient of few numbers (slopes, sinks, one query) may be next to nothing by luck: there it is
+    The naive error of a gradient of a few numbers (slopes, sinks, one query) may be next to nothing by luck: there it is
     the worst over several gradients of out.
     """
     run, threads = formula(packed=case.packed), torch.get_num_threads()

@@ -46,9 +46,7 @@ def run():
         source, out, message = torch.randn(n + 256), torch.full((n + 256,), float("nan")), ctypes.c_char_p()
         source, out = source[128 : 128 + n], out[128 : 128 + n]  # memory on either side
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (source, out))
-        error = library.run_planted(
-            kernel.encode(), fault, *pointers, n, ctypes.c_uint64(order), ctypes.byref(message)
-        )
+        error = library.run_planted(kernel.encode(), fault, *pointers, n, ctypes.c_uint64(order), ctypes.byref(message))
         return error, message.value.decode(), source, out
 
     return run_planted

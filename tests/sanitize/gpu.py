@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path.extend([str(TESTS), str(TESTS / "ops")])
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ops"))
 import attention_cases
 import decode_cases
 import rope_cases
