@@ -364,8 +364,8 @@ FEW = 64  # numbers
 def truth_and_naive(case: Case, *, gradients=True) -> tuple[dict, dict]:
     """The formula in float64, and in the case's dtype.
 
-    The naive error of a gradient of a few numbers (slopes, sinks, one query) may be next to nothing by luck: there it is
-    the worst over several gradients of out.
+    The naive error of a gradient of a few numbers (slopes, sinks, one query) may be next to nothing by luck: there it
+    is the worst over several gradients of out.
     """
     run, threads = formula(packed=case.packed), torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: waking threads would cost more than they bring
