@@ -3,10 +3,11 @@
 //   delta_i = Σ_j P_ij (dO_i·v_j),   dS = P (dO·Vᵀ - delta),   dV = Pᵀ·dO,   dQ = factor dS·K,   dK = factor dSᵀ·Q,   dbias = Σ dS
 //   cosine attention: with q̂ = q / |q| the gradient of q is (h - (h·q̂) q̂) / |q|, h = factor Σ_j dS_ij k̂_j, and h·q̂ = Σ_j dS_ij s_ij
 //
-// A block owns a head and a range of groups of windows, a warp 16 tokens of a tile. Of each group it first walks tiles of queries: once
-// over the keys for the softmax's sum and delta, once more for dS. Then it walks tiles of keys, scores transposed, for dK and dV (one after the
-// other where registers do not hold both). A group of one tile, the usual case, is read once. Σ dS over its windows is a part of the gradient of the biases, in memory of its own:
-// window_pairs_kernel adds the parts in order, and sums the table's gradient from them. No atomics.
+// A block owns a head and a range of groups of windows, a warp 16 tokens of a tile. Of each group it first walks tiles of queries:
+// once over the keys for the softmax's sum and delta, once more for dS. Then it walks tiles of keys, scores transposed, for dK and dV
+// (one after the other where registers do not hold both). A group of one tile, the usual case, is read once. Σ dS over its windows is
+// a part of the gradient of the biases, in memory of its own: window_pairs_kernel adds the parts in order, and sums the table's
+// gradient from them. No atomics.
 //
 // NOTES
 //   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
