@@ -28,6 +28,7 @@ struct CudaLinear {
   const int64_t* key_lengths = nullptr;
   const float* decay = nullptr;
   bool causal, reverse;
+  bool fresh = false;                     // there is no initial state
   LinearOperand left, depth, columns;     // out = Σ w (left·depth) columns
   bool transposed_state;                  // the walk's state is (columns, depth) = (value, φ), kv's transpose
   int64_t segments, chunks;               // of a sequence; of a segment
@@ -38,7 +39,7 @@ struct CudaLinear {
   View out;
   bool wide;                              // out is float32, by query head
   View derivative_of;                     // kFeatures: out is multiplied by φ' of these rows
-  float* denominator = nullptr;           // kValues of the forward: written
+  float* denominator = nullptr;           // kValues of the forward: written; 0 where fresh and without a key
   bool normalize;
   float scale, eps;
 };

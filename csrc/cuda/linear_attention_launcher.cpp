@@ -132,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Ten
     if (!causal) p.cut(w, w.rows_q);
     w.walk = LinearWalk::kValues;
     w.transposed_state = true;
+    w.fresh = !p.initial();
     w.out = p.call.view(out);
     w.denominator = p.call.data<float>(denominator);
     if (out.numel() > 0) p.call.check(linear_walk_cuda(w, p.call.stream()));

@@ -17,7 +17,7 @@
 // Not here: the gradient of the decay, and the "softmax" map, whose rows the blocks of columns do not see whole.
 //
 // NOTES
-//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
 #include "attention_scores.cuh"
 #include "linear_attention.h"
 
@@ -297,9 +297,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
         if (!kFeatures && !a.reverse) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const float sum = row_sum(sums[r]), denominator = a.normalize ? a.scale * sum + a.eps : 1.f;
-            sums[r] = denominator == 0.f ? 0.f : a.scale / denominator;
             const int row = out_row + g + 8 * r;
+            // Without a key no gradient flows: 1 / eps would be infinite in float16, and infinity times zero is no number.
+            const bool alone = a.fresh && (place.limit <= 0 || (a.causal && row0 + row + place.shift < 0));
+            const float sum = row_sum(sums[r]), denominator = alone ? 0.f : a.normalize ? a.scale * sum + a.eps : 1.f;
+            sums[r] = denominator == 0.f ? 0.f : a.scale / denominator;
             if (part == 0 && blockIdx.y == 0 && lane_index() % 4 == 0 && left.there(row))
               a.denominator[place.numbers + row0 + row] = denominator;
           }

@@ -73,6 +73,18 @@ def test_head_dims(dims, dtype):
         check_close(ours, truth, naive, dtype=dtype)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_gradient_flows_from_queries_without_keys(causal):
+    """1 / eps does not fit float16."""
+    leaves = [torch.randn(1, 1, s, 8).half().requires_grad_() for s in (30, 10, 10)]
+    out = xformer_fast.linear_attention(*leaves, causal=causal, key_lengths=torch.tensor([0]), backend="cuda")
+    for tensor in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert not tensor.any()
+    out = xformer_fast.linear_attention(*leaves, causal=causal, backend="cuda")
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert grad.isfinite().all()
+
+
 def test_a_decay_that_requires_grad_is_refused():
     q, decay = torch.randn(1, 2, 8, 4), torch.tensor([0.9, 0.8], requires_grad=True)
     with pytest.raises(xformer_fast.BackendUnavailable, match="decay requires grad"):
