@@ -7,7 +7,7 @@
 // part of the columns. What padding keys gather is thrown away.
 //
 // NOTES
-//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
 #include "attention_gradients.cuh"
 
 namespace xformer_fast {

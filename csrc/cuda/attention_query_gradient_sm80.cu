@@ -6,7 +6,7 @@
 // results (float32, large head dims), kParts warps share the rows: each computes all of their dS and a part of the columns.
 //
 // NOTES
-//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
 #include "attention_gradients.cuh"
 
 namespace xformer_fast {

@@ -9,7 +9,7 @@
 // A paged cache is read through its block table, whose entries are held to the pages there are. Not here: a mask, gradients, dropout.
 //
 // NOTES
-//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
 #include "attention_scores.cuh"
 #include "decode.h"
 

@@ -4,7 +4,7 @@
 // whole, which do not see each other. Many: the softmax runs over tiles of keys.
 //
 // NOTES
-//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
 #include "window_tiles.cuh"
 
 namespace xformer_fast {
