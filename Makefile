@@ -23,7 +23,7 @@ bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/timm $(PYTEST) tests/integrations/test_timm.py
+	PYTHONPATH=$(VENV)/timm $(PYTEST) tests/integrations/test_timm.py tests/models/test_timm_weights.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)

@@ -1,4 +1,4 @@
-"""One table: error and speed of xformer_fast, naive attention and SDPA, case by case."""
+"""`xformer-fast compare`: of a model (compare_model.py), or a table of an op: error and speed, case by case."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from . import compare_model
 from .cases import OPS, select
 from .op import DTYPES
 from .run import DEFAULT_MODES, OURS, Settings, bench, chosen_peers, failures, listed, quiet
@@ -38,15 +39,22 @@ def table_line(rows: list[dict[str, Any]]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=list(OPS), default="attention")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = compare_model.__doc__ + "\nWithout MODEL: error and speed of an op, naive attention and SDPA."
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model's name, a folder, or module:function")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", type=listed(DTYPES), default=("float32", "bfloat16"), metavar="T,...")
     parser.add_argument("--backend", default=None, metavar="NAME")
-    parser.add_argument("--case", default=None, metavar="NAME,...", help="default: the quick cases")
-    parser.add_argument("--seconds", type=float, default=0.7)
+    parser.add_argument("--seconds", type=float, default=0.7, help="timing per dtype and mode (default 0.7)")
+    compare_model.add_arguments(parser)
+    group = parser.add_argument_group("of an op")
+    group.add_argument("--op", choices=list(OPS), default="attention")
+    group.add_argument("--case", default=None, metavar="NAME,...", help="default: the quick cases")
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.model:
+        return compare_model.execute(args)
     quiet()
     try:
         cases = select(args.op, device=args.device, names=args.case, quick=args.case is None)

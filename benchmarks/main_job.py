@@ -7,8 +7,9 @@
    model run side by side on every batch: with its own eager attention, with its own SDPA, and after
    `xformer_fast.patch(model)`. The embeddings have to agree to 1e-5, else the exit status is 1.
 2. The quick subset of the benchmark cases, and peak memory of a training step up to 16,384 tokens.
+3. Whole models before and after `patch`, forward and training step: the quick ones of benchmarks/models.py.
 
-Leaves results.csv, main_job.csv, the plots and report.html in the output folder.
+Leaves results.csv, main_job.csv, models.csv, the plots and report.html in the output folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import xformer_fast
 
-from . import measure, plot
+from . import measure, models, plot
 from .cases import OPS, geometric_mean, select, sweep_cases
 from .run import OURS, CsvSink, Settings, bench, chosen_peers, failures, quiet
 
@@ -201,6 +202,26 @@ def quick_benchmark(path: pathlib.Path, *, seconds: float, longest: int, budget:
     return rows
 
 
+def quick_models(path: pathlib.Path, *, seconds: float, budget: float) -> list[dict[str, Any]]:
+    """The quick cases of whole models, as far as the time goes."""
+    with contextlib.closing(models.ModelsCsv(path)) as sink:
+        print(models.HEAD)
+        return models.bench(
+            models.select(quick=True), seconds=seconds, deadline=time.monotonic() + budget, memory=False, on_rows=sink
+        )
+
+
+def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    table = [["model", "input", "dtype", "mode", "ms", "x host's fastest", "ceiling", "reached"]]
+    for row in rows:
+        if row["peer"] == OURS and row["status"] == "ok":
+            told = [f"{row['ms']:.1f}", f"{row['vs_host']:.2f}", f"{row['ceiling']:.2f}", f"{row['of_ceiling']:.0%}"]
+            table.append([row["case"], row["input"], row["dtype"], row["mode"], *told])
+        elif row["peer"] == OURS:
+            table.append([row["case"], row["input"], *(row.get(name, "") for name in ("dtype", "mode")), row["status"]])
+    return table
+
+
 def benchmark_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = [["case", "shape", "dtype", "mode", "ms", "x naive", "x SDPA", "of ceiling", "peak MiB"]]
     for row in rows:
@@ -232,13 +253,21 @@ def memory_growth(rows: list[dict[str, Any]]) -> str | None:
     )
 
 
-def write_report(path: pathlib.Path, documents: str, rows: list[dict[str, Any]], plots: list[pathlib.Path]) -> None:
+def write_report(
+    path: pathlib.Path,
+    documents: str,
+    rows: list[dict[str, Any]],
+    model_rows: list[dict[str, Any]],
+    plots: list[pathlib.Path],
+) -> None:
     """One HTML file with everything in it."""
     facts = measure.machine_facts("cpu")
-    table = benchmark_table(rows)
 
     def cells(row, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    def table(lines):
+        return f"<table>{cells(lines[0], 'th')}{''.join(cells(line, 'td') for line in lines[1:])}</table>"
 
     images = "".join(
         f'<img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">' for p in plots
@@ -248,10 +277,13 @@ def write_report(path: pathlib.Path, documents: str, rows: list[dict[str, Any]],
         f"<p>{html.escape(', '.join(f'{name} {value}' for name, value in facts.items()))}</p>",
         f"<h2>A pretrained sentence encoder on real text</h2><pre>{html.escape(documents)}</pre>",
         "<h2>Fused attention against naive attention and torch SDPA</h2>",
-        f"<table>{cells(table[0], 'th')}{''.join(cells(row, 'td') for row in table[1:])}</table>",
+        table(benchmark_table(rows)),
         f"<p>{html.escape(memory_growth(rows) or '')}</p>",
         "<p>fwd: forward without gradients; both: one training step. The ceiling is what this machine reached in this "
         "run: multiply-adds for compute-bound cases, memory reads for the others. Everything is in results.csv.</p>",
+        "<h2>Whole models before and after patch</h2>",
+        table(models_table(model_rows)),
+        "<p>The ceiling is the speed-up that attention at no cost would bring, measured by taking it out.</p>",
         images,
     ]
     style = (
@@ -276,23 +308,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.7, help="timing per case, dtype and mode")
     parser.add_argument("--longest", type=int, default=16384, help="longest training step of the memory sweep")
     parser.add_argument("--budget", type=float, default=240, help="seconds after which no further case is begun")
+    parser.add_argument("--models-budget", type=float, default=75, help="the same of whole models")
     args = parser.parse_args()
     quiet()
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    print("== 1/2  embedding real text with a pretrained model", flush=True)
+    print("== 1/3  embedding real text with a pretrained model", flush=True)
     result = embed_documents(args.texts, args.batch, args.repeats)
     documents, agree = show_documents(result)
     write_documents_csv(result, args.out / "main_job.csv")
     print(documents, flush=True)
 
-    print("\n== 2/2  fused against naive attention", flush=True)
+    print("\n== 2/3  fused against naive attention", flush=True)
     rows = quick_benchmark(args.out / "results.csv", seconds=args.seconds, longest=args.longest, budget=args.budget)
-    plots = plot.draw([args.out / "results.csv"], args.out)
-    write_report(args.out / "report.html", documents, rows, plots)
 
-    bad = failures(rows)
+    print("\n== 3/3  whole models before and after patch", flush=True)
+    model_rows = quick_models(args.out / "models.csv", seconds=args.seconds, budget=args.models_budget)
+    plots = plot.draw([args.out / "results.csv", args.out / "models.csv"], args.out)
+    write_report(args.out / "report.html", documents, rows, model_rows, plots)
+
+    bad = failures(rows) + models.failures(model_rows)
     for mode in ("fwd", "both"):
         ratios = [
             row["vs_naive"] for row in rows if row["peer"] == OURS and row["mode"] == mode and row.get("vs_naive")

@@ -7,6 +7,7 @@ memory.png      peak memory of a training step against length
 time.png        time of a training step against length
 throughput.png  TFLOP/s against length, per head dim, where the CSV has such families of cases
 map.png         time of a token against the size of a map, of neighborhood attention
+models.png      whole models: speed-up over the host's fastest setting, and its ceiling (rows of benchmarks/models.py)
 A plot whose rows are not in the CSV is left out.
 """
 
@@ -44,10 +45,22 @@ NUMBERS = ("ms", "vs_sdpa", "vs_best_peer", "gflops", "fraction_of_ceiling", "ce
 Row = dict[str, Any]
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """The rows that have a speed, numbers as floats (None where empty)."""
+def _rows(path: pathlib.Path, column: str) -> list[Row]:
+    """The rows that have a speed, of a CSV that has this column; none of another."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["ms"]]
+        table = csv.DictReader(file)
+        return [row for row in table if row["ms"]] if column in (table.fieldnames or ()) else []
+
+
+def read_models(path: pathlib.Path) -> list[Row]:
+    """The rows of whole models, patched."""
+    rows = [row for row in _rows(path, "ceiling") if _ours(row) and row["ceiling"]]
+    return [row | {name: float(row[name]) for name in ("vs_host", "ceiling", "of_ceiling")} for row in rows]
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of ops that have a speed, numbers as floats (None where empty)."""
+    rows = _rows(path, "op")
     for row in rows:
         for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None
@@ -235,9 +248,49 @@ def throughput(rows: list[Row], path: pathlib.Path) -> bool:
     return True
 
 
+def whole_models(rows: list[Row], path: pathlib.Path) -> bool:
+    """Horizontal bars, one panel a mode and dtype: over the fastest setting of a model's host, beside the ceiling."""
+    if not rows:
+        return False
+    modes = [mode for mode in MODE_TITLE if any(row["mode"] == mode for row in rows)]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    inputs = {row["case"]: f"{row['case']}  {row['input'].replace('x', '×')}" for row in rows}
+    height = 0.36 * len(inputs) + 1
+    figure, axes = plt.subplots(
+        len(modes), len(dtypes), figsize=(5.6 * len(dtypes) + 1, height * len(modes) + 1),
+        squeeze=False, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for i, mode in enumerate(modes):
+        for j, dtype in enumerate(dtypes):
+            axis, cases = axes[i, j], list(inputs)
+            shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
+            y = [cases.index(row["case"]) for row in shown]
+            axis.barh(y, [row["vs_host"] for row in shown], color=BLUE, height=0.62, label="patched")
+            axis.scatter([row["ceiling"] for row in shown], y, color=ORANGE, edgecolor="black", linewidth=0.6,
+                         marker="D", s=26, zorder=3, label="ceiling: attention taken out")  # fmt: skip
+            for place, row in zip(y, shown, strict=True):
+                axis.annotate(f"{row['vs_host']:.2f}×  {row['of_ceiling']:.0%}",
+                              (max(row["vs_host"], row["ceiling"]), place), xytext=(6, 0), textcoords="offset points",
+                              va="center", fontsize=8)  # fmt: skip
+            axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
+            axis.set_yticks(range(len(cases)), inputs.values(), fontsize=8)
+            axis.set_ylim(len(cases) - 0.4, -0.6)
+            axis.margins(x=0.25)
+            axis.set_xlim(left=0)
+            axis.set_title(f"{MODE_TITLE[mode]}, {dtype}", fontsize=10)
+            axis.set_xlabel("× the host's fastest setting", fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
+    _title(figure, "Whole models, patched over unpatched (% = of the ceiling that Amdahl's law sets)", rows)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return True
+
+
 def draw(csv_paths: list[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
     """Every plot that the CSVs of a machine have rows for; returns their paths."""
     rows = [row for path in csv_paths for row in read(path)]
+    models = [row for path in csv_paths for row in read_models(path)]
     folder.mkdir(parents=True, exist_ok=True)
     step = "of a training step (forward and backward)"
     drawn = {
@@ -248,6 +301,7 @@ def draw(csv_paths: list[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Pa
         "time.png": lambda path: over_length(rows, path, column="ms", label="ms", title=f"Time {step}"),
         "throughput.png": lambda path: throughput(rows, path),
         "map.png": lambda path: over_map(rows, path),
+        "models.png": lambda path: whole_models(models, path),
     }
     return [folder / name for name, plot in drawn.items() if plot(folder / name)]
 

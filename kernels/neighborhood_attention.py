@@ -30,11 +30,12 @@ from .neighborhood_tiles import (
 
 @triton.jit(do_not_specialize=[*SIZES, "table_rows"])
 def neighborhood_forward_kernel(
-    query, key, value, out, table, table_rows, scale, sides, batch, heads, group,
+    query, key, value, out, table, table_rows, scale, side0, side1, side2, batch, heads, group,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    sides = (side0, side1, side2)
     batch, head, places, lengths, first = place_of(tl.program_id(0), heads, sides, batch, DILATION, TILE)
     if not are_inside(first, lengths, AXES):
         return

@@ -56,13 +56,14 @@ def _scores_and_gradients(
 
 @triton.jit(do_not_specialize=[*SIZES, "table_rows"])
 def neighborhood_query_gradient_kernel(
-    grad_out, query, key, value, statistics, grad_query, table, table_rows, scale, output_scale, sides, batch, heads,
-    group,
+    grad_out, query, key, value, statistics, grad_query, table, table_rows, scale, output_scale, side0, side1, side2,
+    batch, heads, group,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    map_rows = (sides[0] * sides[1] * sides[2]).to(tl.int64)
+    sides = (side0, side1, side2)
+    map_rows = side0.to(tl.int64) * side1 * side2
     to_delta = batch * heads * map_rows
     batch, head, places, lengths, first = place_of(tl.program_id(0), heads, sides, batch, DILATION, TILE)
     if not are_inside(first, lengths, AXES):
@@ -115,13 +116,14 @@ def neighborhood_query_gradient_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "table_rows"])
 def neighborhood_key_gradient_kernel(
-    grad_out, query, key, value, statistics, grad_key, grad_value, table, table_rows, scale, output_scale, sides, batch,
-    heads, group,
+    grad_out, query, key, value, statistics, grad_key, grad_value, table, table_rows, scale, output_scale, side0, side1,
+    side2, batch, heads, group,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    map_rows = (sides[0] * sides[1] * sides[2]).to(tl.int64)
+    sides = (side0, side1, side2)
+    map_rows = side0.to(tl.int64) * side1 * side2
     to_delta = batch * heads * map_rows
     batch, kv_head, places, lengths, first = place_of(tl.program_id(0), heads // group, sides, batch, DILATION, TILE)
     if not are_inside(first, lengths, AXES):

@@ -35,12 +35,14 @@ PROGRAMS = 1024  # as many as keep any GPU busy
 
 @triton.jit(do_not_specialize=[*SIZES, "table_rows", "tiles", "splits"])
 def neighborhood_table_gradient_kernel(
-    grad_out, query, key, value, statistics, sums, table, table_rows, tiles, splits, scale, sides, batch, heads, group,
+    grad_out, query, key, value, statistics, sums, table, table_rows, tiles, splits, scale, side0, side1, side2,
+    batch, heads, group,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, CAUSAL: tl.constexpr, AXES: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """sums [split, head, lane, distance]; `tiles`: of the batch, a head."""
+    sides = (side0, side1, side2)
     E0: tl.constexpr = 2 * KERNEL[0] + TILE[0] - 2
     E1: tl.constexpr = 2 * KERNEL[1] + TILE[1] - 2
     E2: tl.constexpr = 2 * KERNEL[2] + TILE[2] - 2
@@ -58,7 +60,7 @@ def neighborhood_table_gradient_kernel(
     )  # fmt: skip
     lead_first = block * BLOCK // INNER - (KERNEL[LEAD] - 1)
     lead_last = (block * BLOCK + BLOCK - 1) // INNER - (KERNEL[LEAD] - 1)
-    map_rows = (sides[0] * sides[1] * sides[2]).to(tl.int64)
+    map_rows = side0.to(tl.int64) * side1 * side2
     acc = tl.zeros([LANES, BLOCK], tl.float32)
     for index in range(split * tiles // splits, (split + 1) * tiles // splits):
         sample = index // GROUPS % batch

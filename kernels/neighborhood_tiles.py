@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .common import INTERPRET, LOG2E, architecture, block_width
 
-SIZES = ["sides", "batch", "heads", "group"]  # never specialised on
+SIZES = ["side0", "side1", "side2", "batch", "heads", "group"]  # never specialised on
 
 
 class MapView(NamedTuple):
@@ -264,31 +264,31 @@ TILES = {
     ("forward", 256, "sm86"): Tile(64, 32, 8, 1),
     ("forward", 64, "sm90"): Tile(64, 64, 4, 2),
     ("forward", 128, "sm90"): Tile(64, 64, 4, 2),
-    ("forward", 256, "sm90"): Tile(64, 64, 8, 1),
+    ("forward", 256, "sm90"): Tile(64, 32, 8, 1),
     ("grad_query", 64, "sm80"): Tile(64, 64, 8, 2),
     ("grad_query", 128, "sm80"): Tile(64, 32, 4, 2),
-    ("grad_query", 256, "sm80"): Tile(64, 32, 8, 1),
+    ("grad_query", 256, "sm80"): Tile(64, 16, 8, 1),
     ("grad_query", 64, "sm86"): Tile(64, 32, 4, 2),
     ("grad_query", 128, "sm86"): Tile(64, 32, 8, 1),
-    ("grad_query", 256, "sm86"): Tile(32, 32, 8, 1),
+    ("grad_query", 256, "sm86"): Tile(32, 16, 8, 1),
     ("grad_query", 64, "sm90"): Tile(64, 64, 4, 2),
     ("grad_query", 128, "sm90"): Tile(64, 64, 8, 2),
-    ("grad_query", 256, "sm90"): Tile(64, 32, 8, 1),
-    ("grad_key", 64, "sm80"): Tile(64, 32, 8, 2),
+    ("grad_query", 256, "sm90"): Tile(32, 16, 8, 1),
+    ("grad_key", 64, "sm80"): Tile(64, 32, 8, 1),
     ("grad_key", 128, "sm80"): Tile(64, 32, 8, 1),
     ("grad_key", 256, "sm80"): Tile(32, 32, 8, 1),
-    ("grad_key", 64, "sm86"): Tile(64, 32, 4, 2),
+    ("grad_key", 64, "sm86"): Tile(64, 32, 8, 1),
     ("grad_key", 128, "sm86"): Tile(64, 32, 8, 1),
     ("grad_key", 256, "sm86"): Tile(32, 16, 8, 1),
-    ("grad_key", 64, "sm90"): Tile(64, 64, 4, 2),
+    ("grad_key", 64, "sm90"): Tile(64, 64, 8, 2),
     ("grad_key", 128, "sm90"): Tile(64, 32, 8, 1),
-    ("grad_key", 256, "sm90"): Tile(64, 32, 8, 1),
+    ("grad_key", 256, "sm90"): Tile(32, 32, 8, 1),
     ("grad_table", 64, "sm80"): Tile(64, 64, 8, 1),
     ("grad_table", 128, "sm80"): Tile(64, 32, 8, 1),
-    ("grad_table", 256, "sm80"): Tile(32, 32, 8, 1),
+    ("grad_table", 256, "sm80"): Tile(32, 16, 8, 1),
     ("grad_table", 64, "sm86"): Tile(64, 64, 8, 1),
     ("grad_table", 128, "sm86"): Tile(64, 32, 8, 1),
-    ("grad_table", 256, "sm86"): Tile(32, 32, 8, 1),
+    ("grad_table", 256, "sm86"): Tile(32, 16, 8, 1),
     ("grad_table", 64, "sm90"): Tile(64, 64, 8, 1),
     ("grad_table", 128, "sm90"): Tile(64, 64, 8, 1),
     ("grad_table", 256, "sm90"): Tile(64, 32, 8, 1),
@@ -296,17 +296,17 @@ TILES = {
 # The same for float32 inputs, on every architecture.
 FLOAT32_TILES = {
     ("forward", 64): Tile(32, 32, 8, 1),
-    ("forward", 128): Tile(32, 32, 8, 1),
+    ("forward", 128): Tile(16, 32, 8, 1),
     ("forward", 256): Tile(16, 16, 8, 1),
     ("grad_query", 64): Tile(32, 16, 8, 1),
-    ("grad_query", 128): Tile(32, 16, 8, 1),
-    ("grad_query", 256): Tile(16, 16, 8, 1),
+    ("grad_query", 128): Tile(16, 32, 8, 1),
+    ("grad_query", 256): Tile(16, 32, 8, 1),
     ("grad_key", 64): Tile(32, 16, 8, 1),
     ("grad_key", 128): Tile(16, 16, 8, 1),
     ("grad_key", 256): Tile(16, 16, 8, 1),
-    ("grad_table", 64): Tile(32, 32, 8, 1),
+    ("grad_table", 64): Tile(16, 32, 8, 1),
     ("grad_table", 128): Tile(16, 32, 8, 1),
-    ("grad_table", 256): Tile(16, 16, 8, 1),
+    ("grad_table", 256): Tile(16, 32, 4, 1),
 }
 INTERPRETER_TILE = Tile(16, 32, 1, 1)
 
@@ -335,7 +335,7 @@ class Problem:
         self.scale = scale
         self.table = None if table is None else table.t().contiguous()
         self.table_rows = 0 if table is None else table.shape[0]
-        self.sizes = self.sides, self.batch, self.heads, self.heads // self.heads_kv
+        self.sizes = *self.sides, self.batch, self.heads, self.heads // self.heads_kv
 
     def tile(self, kernel: str) -> Tile:
         if INTERPRET:

@@ -1,9 +1,33 @@
 """Fixtures every test file shares."""
 
+import models_table
 import pytest
 import torch
 
 from xformer_fast import build_info, dispatch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--models-table", metavar="FILE",
+        help="write what the models of tests/model_list.py were found to do into a table in Markdown",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    config.stash[models_table.ROWS] = {}
+
+
+def pytest_sessionfinish(session):
+    path, rows = session.config.getoption("--models-table"), session.config.stash[models_table.ROWS]
+    if path and rows:
+        models_table.write(path, rows)
+
+
+@pytest.fixture
+def proof(request):
+    """proof(library, model, attention modules, labels of inputs, pairs of errors): a row of the table."""
+    return models_table.recorder(request.config.stash[models_table.ROWS])
 
 
 def pytest_report_header():

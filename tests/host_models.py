@@ -9,6 +9,28 @@ import torch
 import xformer_fast
 
 
+def prepare_timm():
+    """Before timm is imported: a torchvision without kernels for this torch does not load; timm needs none of them."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+
+
+_KEPT = []  # a library's operators go with it
+
+
+def import_timm():
+    """timm, or the test file is skipped."""
+    prepare_timm()
+    return pytest.importorskip("timm")
+
+
 def disturb(model):
     """Moves the parameters off their initial values, and the statistics of batch norms, frozen ones too: zero biases
     hide mistakes, small weights make scores flat."""
@@ -23,20 +45,6 @@ def disturb(model):
                     noise = torch.rand(buffer.shape, generator=generator)
                     buffer.add_(noise if name in ("running_var", "weight") else noise - 0.5)
     return model
-
-
-def import_timm():
-    """timm, which asks for torchvision; where that has no kernels for this torch, it gets along without them."""
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_timm.library = library  # lives as long as its operators
-    return pytest.importorskip("timm")
 
 
 def twins(model, count=None):
@@ -56,15 +64,19 @@ def outputs_and_gradients(model, run):
 
 
 def check_equal(reference, patched, run, out_tolerance=1e-4, grad_tolerance=2e-3):
-    """Outputs of run(model), relative to the largest, and every parameter's gradient."""
+    """Outputs of run(model), relative to the largest, and every parameter's gradient; returns the largest errors."""
     expected, expected_grads = outputs_and_gradients(reference, run)
     out, grads = outputs_and_gradients(patched, run)
-    assert (out - expected).abs().max() <= out_tolerance * expected.abs().max()
+    out_error = float((out - expected).abs().max() / expected.abs().max())
+    assert out_error <= out_tolerance
     assert grads.keys() == expected_grads.keys()
-    largest = max(g.abs().max() for g in expected_grads.values())
+    largest, grad_error = max(g.abs().max() for g in expected_grads.values()), 0.0
     for name, expected in expected_grads.items():  # a key bias has no gradient but rounding: hence the floor
-        error, size = (grads[name] - expected).abs().max(), expected.abs().max()
-        assert error <= grad_tolerance * max(size, 1e-3 * largest), f"{name}: {error:.2e} of {size:.2e}"
+        size = max(expected.abs().max(), 1e-3 * largest)
+        error = float((grads[name] - expected).abs().max() / size)
+        assert error <= grad_tolerance, f"{name}: {error:.2e} of {size:.2e}"
+        grad_error = max(grad_error, error)
+    return out_error, grad_error
 
 
 def check_autocast(reference, patched, run):

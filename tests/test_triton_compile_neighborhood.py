@@ -34,10 +34,13 @@ class Config:
 
 MAIN = [Config(arch, dim) for arch in (80, 90) for dim in (32, 64)]
 MAIN += [Config(80, 64, (3, 7, 7), causal=True), Config(90, 128, (63,), "float16", table=False)]
-MORE = [Config(arch, 128) for arch in (80, 90)] + [Config(arch, 256, table=False) for arch in (80, 90)]
-MORE += [Config(arch, dim, table=False) for arch in (80, 90) for dim in (32, 64, 128)]
+MORE = [Config(arch, dim) for arch in (80, 90) for dim in (128, 256)]
+MORE += [Config(arch, dim, table=False) for arch in (80, 90) for dim in (32, 64, 128, 256)]
 MORE += [Config(arch, dim, (3, 7, 7), "float16") for arch in (80, 90) for dim in (32, 64)]
 MORE += [Config(arch, dim, dtype="float32") for arch in (80, 90) for dim in (32, 64)]
+MORE += [Config(80, 128, dtype="float32")]
+WIDE = Config(80, 256, dtype="float32")  # two rows of 256 numbers fill a thread's registers
+WIDE_STACK = 1024  # bytes a thread
 
 
 @contextlib.contextmanager
@@ -91,13 +94,14 @@ def compiled_in_parallel(configs: tuple) -> dict:
         return {config: job.exception() or job.result() for config, job in jobs.items()}
 
 
-def check(config: Config, configs: list[Config]):
+def check(config: Config, configs: list[Config], stack: int = 0):
     rows = compiled_in_parallel(tuple(configs))[config]
     if isinstance(rows, Exception):
         raise rows
     assert len(rows) == (4 if config.table else 3)
     for row in rows:
-        assert row["STACK"] + row["LOCAL"] == 0, f"{config}: {row['kernel']} has {row['STACK']} bytes of stack"
+        spilled = row["STACK"] + row["LOCAL"]
+        assert spilled <= stack, f"{config}: {row['kernel']} has {spilled} bytes of stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
         assert row["matrix"], f"{config}: {row['kernel']} uses no matrix instructions"
 
@@ -111,6 +115,11 @@ def test_main_configurations(config):
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_other_configurations(config):
     check(config, MORE)
+
+
+@pytest.mark.slow
+def test_wide_rows_of_float32():
+    check(WIDE, [WIDE], WIDE_STACK)
 
 
 def test_a_new_map_compiles_nothing():

@@ -11,7 +11,7 @@ import xformer_fast
 from xformer_fast import reference
 from xformer_fast.generation import generate
 from xformer_fast.layers import Attention, Prefix
-from xformer_fast.models import BERT, GPT, T5, LLaMA
+from xformer_fast.models import BERT, GPT, T5, LLaMA, MetaFormer, Swin
 from xformer_fast.testing import check_close
 from xformer_fast.tuning import (
     add_adapters,
@@ -114,20 +114,37 @@ def test_lora_merged_equals_unmerged(family):
     assert (plain - unmerged).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("error")
+def test_lora_again():
+    """In other layers, or once what was there is merged; in the same layers it would be lost."""
+    model, inputs = added(gpt(), "lora"), tokens(2, 9)
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.branch\.query has LoRA already"):
+        add_lora(model, targets=["out", "query"])
+    once = model(inputs)
+    add_lora(model, rank=2, targets=["out"])
+    assert sum("lora_" in name for name, p in model.named_parameters() if p.requires_grad) == 2 * 4 * 2
+    assert torch.equal(model(inputs), once)
+    merge_lora(model)
+    assert set(model.state_dict()) == set(gpt().state_dict()) and not hasattr(model, "peft_config")
+    merged = model(inputs)
+    METHODS["lora"](model)
+    assert torch.equal(model(inputs), merged)
+
+
 def test_methods_combine_and_keep_what_learns():
     model = gpt()
     freeze(model, but=["norm", "head.weight"])
-    add_prefixes(model, 4)
-    add_adapters(model, width=3)
+    add_adapters(model, width=3, targets=["query", "out", "down"])
     add_adapters(model, width=3, parallel=True)
-    add_lora(model, rank=2)
+    add_lora(model, rank=2, targets=["query.base", "value"])
+    add_prefixes(model, 4)
     add_prompts(model, 3)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part in ("embed.weight", "layers.0.mixer.norm.weight", "layers.1.mixer.branch.prefix.key", "layers.prompt"):
         assert part in learning
     assert sum("lora_" in name for name in learning) == 2 * 2 * 2
-    assert sum(".adapter." in name for name in learning) == 2 * 3 * 4
-    assert not any(name.endswith(("positions.table.weight", "query.base_layer.weight")) for name in learning)
+    assert sum(".adapter." in name for name in learning) == 2 * 4 * 4
+    assert not any(name.endswith(("positions.table.weight", "query.base.base_layer.weight")) for name in learning)
     merge_lora(model)
     assert model(tokens(2, 9)).shape == (2, 9, VOCAB)
 
@@ -193,9 +210,9 @@ def test_a_number_of_keys_a_layer():
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi", "t5"])
-@pytest.mark.parametrize("method", ["prefixes", "prompts", "deep prompts"])
+@pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_generation_sees_what_was_put_before(method, position):
+def test_generation_sees_what_was_added(method, position):
     model = added(gpt(positions=position), method)
     prompts, lengths = tokens(3, 6), torch.tensor([6, 4, 5])
     made = generate(model, prompts, lengths=lengths, max_new_tokens=4)
@@ -351,3 +368,9 @@ def test_errors():
         add_adapters(gpt(), targets=["positions"])
     with pytest.raises(ValueError, match="Linear has no Stack"):
         add_prompts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the layers of MetaFormer have no Attention that would see a prompt"):
+        add_prompts(MetaFormer(5))
+    swin = Swin(5, dim=16, depths=(1,), num_heads=(2,), window_size=4)
+    add_prompts(swin, 2)
+    with pytest.raises(ValueError, match=r"a prompt stands before tokens \(B, S, C\) without `position`, x has 4 axes"):
+        swin(torch.randn(1, 3, 16, 16))

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     info.set_defaults(run=_info)
     for name, module, text in (
         ("bench", "run", "time cases beside other implementations, correctness first, rows into a CSV"),
-        ("compare", "compare", "one table: error and speed of xformer_fast, naive attention and SDPA"),
+        ("compare", "compare", "a model before and after patch: equal results, speed, memory; or the same of an op"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=_missing)

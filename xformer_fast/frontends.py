@@ -1,4 +1,6 @@
-"""What makes x, (B, S, C) or (B, H, W, C), of features, spectrograms and images, and works on maps: convolutions."""
+"""What stands around layers: convolutions that make x, (B, S, C) or (B, H, W, C), or work on it; small heads."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,3 +91,9 @@ class Conv2dSubsampling(nn.Module):
     def lengths(self, lengths: Tensor) -> Tensor:
         """How many of the frames behind the convolutions come from the first `lengths` before them."""
         return (lengths + 3) // 4
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them: the small heads of DETR and SAM."""
+    layers = [nn.Linear(*pair) for pair in pairwise(widths)]
+    return nn.Sequential(*(module for layer in layers[:-1] for module in (layer, nn.ReLU())), layers[-1])

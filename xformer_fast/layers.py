@@ -15,14 +15,13 @@ To generate, `Stack.new_cache` makes a `Cache`; `stack(x, cache=cache)` then tak
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
-from .mixers import MIXERS, LinearState
+from .mixers import MIXERS, LinearState, pad_to_multiple
 from .positions import T5Bias, alibi_slopes, sinusoids
 from .rope import Rope, rope_frequencies, rope_tables
 
@@ -101,7 +100,7 @@ class Attention(nn.Module):
         space, placed = x.shape[1:-1], x if position is None else x + position
         windows = getattr(self.mixer, "window_size", None)
         if windows is not None:
-            x, placed = _pad_to_multiple(x, windows), _pad_to_multiple(placed, windows)
+            x, placed = pad_to_multiple(x, windows), pad_to_multiple(placed, windows)
         query = self._heads(self.query(placed))
         if memory is None:
             key, value = self._heads(self.key(placed)), self._heads(self.value(x))
@@ -124,7 +123,7 @@ class Attention(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> "LayerCache":
         extra = 0 if self.prefix is None else self.prefix.key.shape[0]
-        keys = self.mixer.new_cache(batch, self.num_kv_heads, self.head_dim, capacity + extra, self.out.weight)
+        keys = self.mixer.new_cache(batch, self.num_kv_heads, self.head_dim, capacity + extra, next(self.parameters()))
         return LayerCache(keys)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -207,12 +206,6 @@ class FeedForward(nn.Module):
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(self.dropout(hidden))
-
-
-def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them: the small heads of DETR and SAM."""
-    layers = [nn.Linear(*pair) for pair in pairwise(widths)]
-    return nn.Sequential(*(module for layer in layers[:-1] for module in (layer, nn.ReLU())), layers[-1])
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -328,6 +321,8 @@ class Stack(nn.ModuleList):
 
     def forward(self, x: Tensor, *args, cache: "Cache | None" = None, **options) -> Tensor:
         tokens, lengths, prompted = x.shape[1], options.get("key_lengths"), 0
+        if self.prompt is not None and (x.dim() != 3 or "position" in options):
+            raise ValueError(f"a prompt stands before tokens (B, S, C) without `position`, x has {x.dim()} axes")
         if self.prompt is not None and not (cache is not None and cache.has_prompt):
             prompted = self.prompt.shape[1]
             x, options = torch.cat((self._prompt(x, 0), x), 1), _lengthened(options, prompted, tokens, queries=True)
@@ -497,11 +492,3 @@ def init_weights(module: nn.Module, std: float = 0.02):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _pad_to_multiple(x: Tensor, multiple: tuple[int, ...]) -> Tensor:
-    """Zeros behind each axis of a map (B, *space, C), up to a multiple."""
-    missing = [-side % m for side, m in zip(x.shape[1:-1], multiple, strict=True)]
-    if not any(missing):
-        return x
-    return F.pad(x, (0, 0, *(n for miss in reversed(missing) for n in (0, miss))))

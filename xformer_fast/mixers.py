@@ -169,6 +169,14 @@ def _sequences(*tensors: Tensor) -> list[Tensor]:
     return [x.flatten(1, -3).transpose(1, 2) for x in tensors]
 
 
+def pad_to_multiple(x: Tensor, multiple: tuple[int, ...]) -> Tensor:
+    """Zeros behind each axis of a map (B, *space, C), up to a multiple."""
+    missing = [-side % m for side, m in zip(x.shape[1:-1], multiple, strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, (0, 0, *(n for miss in reversed(missing) for n in (0, miss))))
+
+
 def _per_axis(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -76,13 +76,19 @@ def add_lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if not _named(model, targets):
+    names = _named(model, targets)
+    if not names:
         raise ValueError(f"no module of the model has a name that ends with one of {', '.join(targets)}")
+    if there := _lora_layers(model).keys() & set(names):
+        raise ValueError(f"{min(there)} has LoRA already: merge_lora comes first, or other targets")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets), lora_dropout=dropout
     )
+    known = hasattr(model, "peft_config")
     inject_adapter_in_model(config, model)  # freezes what is not its own
+    if not known:
+        del model.peft_config  # peft's note, which would mean something to transformers, and to the next call
     targeted = {id(layer.weight) for layer in _lora_layers(model).values()}
     for parameter in learning:
         parameter.requires_grad_(id(parameter) not in targeted)
@@ -195,7 +201,7 @@ def add_prefixes(model: nn.Module, length: int | Sequence[int] = 16, *, std: flo
         prefix = Prefix(n, layer.num_kv_heads, layer.head_dim)
         for parameter in prefix.parameters():
             nn.init.normal_(parameter, std=std)
-        layer.prefix = prefix.to(layer.out.weight.device, layer.out.weight.dtype)
+        layer.prefix = prefix.to(next(layer.parameters()))
 
 
 def add_prompts(model: nn.Module, length: int = 16, *, deep: bool = False, std: float = 0.02) -> None:
@@ -216,7 +222,10 @@ def add_prompts(model: nn.Module, length: int = 16, *, deep: bool = False, std: 
     stack = next((module for module in model.modules() if isinstance(module, Stack)), None)
     if stack is None:
         raise ValueError(f"{type(model).__name__} has no Stack of layers to put a prompt before")
-    width = next(module for module in stack.modules() if isinstance(module, Attention)).query.in_features
+    attention = next((module for module in stack.modules() if isinstance(module, Attention)), None)
+    if attention is None:
+        raise ValueError(f"the layers of {type(model).__name__} have no Attention that would see a prompt")
+    width = next(module for module in attention.query.modules() if isinstance(module, nn.Linear)).in_features
     prompt = torch.randn(len(stack) if deep else 1, length, width) * std
     stack.prompt = nn.Parameter(prompt.to(next(stack.parameters())))
 

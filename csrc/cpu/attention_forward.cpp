@@ -11,6 +11,9 @@
 // O^T rides in the product. Blocks outside the range of a tile are never touched. A block that its edge crosses is cut into
 // columns, one for each run of query vectors that see the same keys, and a column is worked on as a narrower tile.
 //
+// Global keys (attention_global.h) come first, gathered into blocks of their own. A bias of the map (attention_decomposed.h)
+// is transposed beside Q^T.
+//
 // bfloat16 with XF_BF16_DOT multiplies pairs: Q^T and P^T hold pairs, V's rows are interleaved per block, and the sum is
 // taken from the rounded P. Otherwise half types are converted to float32 per block.
 //
@@ -486,16 +489,8 @@ void attend_globals(const Plan& plan, Job& job, float* scores, char* space) {
   C* value_copy = key_copy + round_up(kBlockKeys * width, 64);
   for (int64_t k = 0; k < count; k += kBlockKeys, keys += kBlockKeys) {
     const int64_t rows = min_of(kBlockKeys, count - k);
-    if constexpr (kPair<C> == 1) {
-      gather_rows<T>(a.key, job.batch, job.kv_head, keys, rows, width, key_copy);
-      gather_rows<T>(a.value, job.batch, job.kv_head, keys, rows, a.head_dim_v, value_copy);
-    }
-#if defined(XF_BF16_DOT)
-    if constexpr (kPair<C> == 2) {
-      gather_padded_rows(a.key, job.batch, job.kv_head, keys, rows, a.head_dim, key_copy);
-      gather_row_pairs(a.value, job.batch, job.kv_head, keys, rows, a.head_dim_v, value_copy);
-    }
-#endif
+    gather_keys<T>(a.key, job.batch, job.kv_head, keys, rows, a.head_dim, key_copy);
+    gather_values<T>(a.value, job.batch, job.kv_head, keys, rows, a.head_dim_v, value_copy);
     for (QueryTile* q = job.tiles; q < job.tiles + job.count; ++q) {
       if (k == 0) pack_query<T>(plan, *q, job.batch);
       KeyBlock<C> block{key_copy, value_copy, width, kPair<C> * a.head_dim_v, 0, rows, keys};

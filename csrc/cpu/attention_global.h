@@ -49,10 +49,14 @@ XF_NOINLINE void apply_dropout(const DropoutKeep& dropout, const ScoreTile& tile
   });
 }
 
-// The rows of a list, columns adjacent, in float32.
+// The rows of a list as a block's copies of keys and of values are laid out: float32, columns adjacent.
 template <class T>
-void gather_rows(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns, float* out) {
+void gather_keys(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns, float* out) {
   for (int64_t r = 0; r < rows; ++r) convert_rows(row_of<const T>(view, b, h, keys[r]), 0, 1, columns, out + r * columns);
+}
+template <class T>
+void gather_values(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns, float* out) {
+  gather_keys<T>(view, b, h, keys, rows, columns, out);
 }
 
 #if defined(XF_BF16_DOT)
@@ -68,14 +72,14 @@ XF_NOINLINE void apply_dropout_pairs(const DropoutKeep& dropout, const ScoreTile
     }
 }
 
-// As pad_rows and interleave_row_pairs.
-inline void gather_padded_rows(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns,
-                               bfloat16* out) {
+// Or padded to an even width, and in pairs of rows.
+template <class T>
+void gather_keys(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns, bfloat16* out) {
   for (int64_t r = 0; r < rows; ++r)
     pad_rows(row_of<const bfloat16>(view, b, h, keys[r]), 0, 1, columns, out + r * round_up(columns, 2));
 }
-inline void gather_row_pairs(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns,
-                             bfloat16* out) {
+template <class T>
+void gather_values(const View& view, int64_t b, int64_t h, const int64_t* keys, int64_t rows, int64_t columns, bfloat16* out) {
   for (int64_t r = 0; r < rows; r += 2) {
     const int64_t n = min_of(2, rows - r), apart = n == 2 ? (keys[r + 1] - keys[r]) * view.row : 0;
     interleave_row_pairs(row_of<const bfloat16>(view, b, h, keys[r]), apart, n, columns, out + r * columns);

@@ -44,7 +44,7 @@ def wrap(model, targets):
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_lora(name, before, tmp_path):
+def test_lora(name, before, tmp_path, proof):
     kind, config, targets = MODELS[name]
     cls = getattr(transformers, kind)
     torch.manual_seed(0)
@@ -56,7 +56,9 @@ def test_lora(name, before, tmp_path):
     if not before:
         assert xformer_fast.patch(patched).count == 2
     assert "xformer_fast" in patched.base_model.model.config._attn_implementation
-    check_equal(reference, patched, run)
+    errors = check_equal(reference, patched, run)
+    when = "patched before wrapping" if before else "patched after wrapping"
+    proof("peft", f"LoRA on {name}, {when}", 2, ["right padding"], [errors])
 
     patched.save_pretrained(tmp_path)
     check_close(peft.PeftModel.from_pretrained(model, tmp_path), patched, run)

@@ -9,9 +9,11 @@ from host_models import check_autocast, check_close, check_equal, check_life, di
 
 timm = import_timm()
 
+from model_list import MODELS as MODELS_OF_THE_LIST  # noqa: E402
 from timm.layers import Attention, AttentionRope  # noqa: E402
 
 import xformer_fast  # noqa: E402
+from xformer_fast.integrations import follow, follow_windows  # noqa: E402
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -33,6 +35,12 @@ FILES = {
     "VisionTransformer": "vision_transformer",
     "VisionTransformerRelPos": "vision_transformer_relpos",
     "SwinTransformer": "swin_transformer",
+}
+_WHOLE, _SHIFTED = ("window", (0, 0)), ("window", (1, 1))
+WINDOWED = {  # name in the list -> size of the image, the windows of its layers
+    "timm_swin": ((32, 48), [_WHOLE, _SHIFTED] * 2),
+    "timm_swinv2": ((32, 48), [_WHOLE, _SHIFTED] * 2),
+    "timm_maxvit": ((64, 64), [_WHOLE, ("grid", (0, 0))] * 2),
 }
 ONE_STAGE = {"vit": {"depth": 1}, "swin": {"depths": (2,), "num_heads": (2,)}}
 
@@ -130,20 +138,57 @@ def test_backends_and_the_switch(monkeypatch):
         return run(*args, backend=backend, **options)
 
     monkeypatch.setattr(xformer_fast.ops.attention, "attention", attention)
-    model = build("swin")  # its fused_attn is off
-    x = images("swin")
+    model = build("vit")
+    x = images("vit")
     model(x)
     assert not seen
     with xformer_fast.patched(model, backend="reference"):
         model(x)
-    assert seen == ["reference"] * 4
+    assert seen == ["reference"] * 2
     model(x)
-    assert len(seen) == 4
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_are_fused(name, monkeypatch):
+    """The shifted ones too, by attention that is off by default (Swin), has no sdpa (Swin-V2), or a grid (MaxViT)."""
+    seen = []
+
+    def window_attention(query, key, value, window, **options):
+        seen.append((options["partition"], options.get("shift", (0, 0))))
+        return xformer_fast.window_attention(query, key, value, window, **options)
+
+    monkeypatch.setattr(follow_windows, "window_attention", window_attention)
+    model = MODELS_OF_THE_LIST[name].build()
+    xformer_fast.patch(model)
+    with torch.no_grad():
+        model(torch.randn(2, 3, *WINDOWED[name][0]))
+    assert seen == WINDOWED[name][1]
+
+
+def test_a_padded_map_that_was_rolled_first_is_told():
+    follow._tell_once.cache_clear()
+    model = MODELS_OF_THE_LIST["timm_swin"].build()
+    xformer_fast.patch(model)
+    with pytest.warns(UserWarning, match="SwinTransformerBlock: windows are cut as its host does, since pad"):
+        model(torch.randn(1, 3, 36, 44))
+
+
+@pytest.mark.parametrize("name", ["timm_swinv2", "timm_maxvit"])
+def test_life_of_windows(name):
+    reference, patched = twins(MODELS_OF_THE_LIST[name].build())
+    check_life(reference, patched, next(iter(MODELS_OF_THE_LIST[name].cases().values())))
 
 
 def test_what_computes_its_scores_itself_is_told():
-    from timm.models.swin_transformer_v2 import SwinTransformerV2
+    from timm.models.mobilevit import LinearSelfAttention
 
-    model = SwinTransformerV2(**SWIN)
-    report = xformer_fast.patch(model)
-    assert report.count == 0 and "itself" in report.skipped["layers.0.blocks.0.attn"]
+    report = xformer_fast.patch(torch.nn.ModuleList([LinearSelfAttention(8), LinearSelfAttention(8)]))
+    assert report.count == 0 and all("itself" in report.skipped[name] for name in "01")
+
+
+def test_what_holds_attention_is_not_told_beside_it():
+    from timm.models.xcit import Xcit
+
+    report = xformer_fast.patch(Xcit(img_size=32, embed_dim=16, depth=1, num_heads=2))
+    assert report.count == 3 and not report.skipped

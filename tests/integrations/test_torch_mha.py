@@ -220,12 +220,14 @@ def translate(batch_first, padding):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-def test_transformer(batch_first, training, calls):
+def test_transformer(batch_first, training, calls, proof):
     reference, patched = twins(transformer(batch_first=batch_first).train(training), 6)
+    errors = []
     for padding in (False, True):
         run = translate(batch_first, padding)
-        check_equal(reference, patched, run)
+        errors.append(check_equal(reference, patched, run))
         check_close(reference, patched, run)
+    proof("torch.nn", "nn.Transformer", 6, ["cross attention", "padding"], errors)
     assert len(calls) == 24
     check_life(reference, patched, run)
 

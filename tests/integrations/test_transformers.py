@@ -537,11 +537,11 @@ def test_what_cannot_be_patched_is_told():
     assert report.count == 0 and "transformers" in report.skipped[""]
     with pytest.raises(TypeError, match="model"):
         xformer_fast.patch("bert")
-    sizes = {"d_model": WIDTH, "n_layer": 1, "n_head": HEADS, "d_inner": 48, "vocab_size": VOCAB}
-    xlnet = transformers.XLNetModel(transformers.XLNetConfig(**sizes))
-    report = xformer_fast.patch(xlnet)
-    assert report.count == 0 and "AttentionInterface" in report.skipped["layer.0.rel_attn"]
-    assert xlnet.config._attn_implementation == "eager"
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    rwkv = transformers.RwkvModel(transformers.RwkvConfig(**sizes))
+    report = xformer_fast.patch(rwkv)
+    assert report.count == 0 and "AttentionInterface" in report.skipped["blocks.0.attention"]
+    assert rwkv.config._attn_implementation == "eager"
     told = build("bert", "eager")
     told.config.output_attentions = True
     assert "output_attentions" in xformer_fast.patch(told).skipped["encoder.layer.0.attention.self"]

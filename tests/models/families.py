@@ -21,7 +21,7 @@ class Family:
     """make(**choices) builds a model, inputs(length) its arguments, loss(outputs) a number that training lowers.
 
     mixers: other choices of a mixer that make sense, with whatever else they ask for. shallow: choices for the least
-    depth; dropout: choices that drop in training. unused: parameters that the inputs do not ask for.
+    depth; training: choices for training, with dropout. unused: parameters that the inputs do not ask for.
     """
 
     make: Callable
@@ -29,15 +29,16 @@ class Family:
     loss: Callable[..., Tensor]
     mixers: dict[str, dict] = field(default_factory=dict)
     shallow: dict = field(default_factory=lambda: {"depth": 1})
-    dropout: dict = field(default_factory=lambda: {"dropout": 0.1, "attention_dropout": 0.1})
+    training: dict = field(default_factory=lambda: {"dropout": 0.1, "attention_dropout": 0.1})
     unused: tuple[str, ...] = ()
 
     def run(self, model, length: int = 11) -> tuple[Tensor, ...]:
         """The outputs for inputs of a length, at least 11, that of the longest row; or that many images."""
         args, options = self.inputs(length)
-        dtype = next(model.parameters()).dtype
-        out = model(*(x.to(dtype) if x.is_floating_point() else x for x in args), **options)
-        return tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
+        like = next(model.parameters())
+        args = (x.to(like.device, like.dtype if x.is_floating_point() else None) for x in args)
+        out = model(*args, **{name: x.to(like.device) for name, x in options.items()})
+        return tuple(x.cpu() for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
 
 
 def tokens(length, seed=1):
@@ -165,7 +166,7 @@ FAMILIES = {
         lambda n: ((tokens(n),), {"lengths": LENGTHS}),
         next_tokens,
         {"linear": {"mixer": "linear", "positions": "sinusoidal"}} | LOCAL,
-        dropout={"attention_dropout": 0.1},
+        training={"attention_dropout": 0.1},
     ),
     "t5": Family(
         lambda **choices: models.T5(VOCAB, hidden=48, activation="geglu_tanh", **SMALL | choices),
@@ -202,14 +203,13 @@ FAMILIES = {
         lambda n: ((images(n, 24, 24),), {}),
         classes,
         LINEAR | {"rope": {"positions": "rope"}},
-        dropout={"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1},
+        training={"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1},
     ),
     "swin": Family(
         lambda **choices: models.Swin(5, **PYRAMID | {"dim": 16, "num_heads": (2, 4), "window_size": 4} | choices),
         lambda n: ((images(n, 40, 32),), {}),
         classes,
-        LINEAR
-        | {"second": {"version": 2}, "neighborhood": {"mixer": "neighborhood", "kernel_size": 3}},
+        LINEAR | {"second": {"version": 2}, "neighborhood": {"mixer": "neighborhood", "kernel_size": 3}},
         {"depths": (2, 1)},
         {"dropout": 0.1, "drop_path": 0.1},
     ),
@@ -254,7 +254,7 @@ FAMILIES = {
         lambda n: ((images(n, 40, 32),), {}),
         classes,
         shallow={"depths": (1, 1)},
-        dropout={"dropout": 0.1, "drop_path": 0.1},
+        training={"dropout": 0.1, "drop_path": 0.1},
     ),
     "mae": Family(
         lambda **choices: models.MAE(
@@ -266,20 +266,28 @@ FAMILIES = {
     ),
     "detr": Family(
         lambda **choices: models.DETR(
-            5, **SMALL | {"hidden": 48, "num_queries": 6} | choices,
+            5,
+            **SMALL | {"hidden": 48, "num_queries": 4} | choices,
             backbone=detr.ResNet(stem=8, dims=(16, 32), depths=(1, 1)),
         ),
         lambda n: ((images(4, 48, n + 37), shown(48, n + 37)), {}),
         detection,
+        training={"depth": 1, "dropout": 0.1, "attention_dropout": 0.1},
     ),
     "sam": Family(
         lambda **choices: models.SAM(
-            image_size=48, patch=8, window_size=4, global_layers=(1,), out_dim=32, decoder_heads=2, decoder_hidden=48,
+            image_size=48,
+            patch=8,
+            window_size=4,
+            global_layers=(1,),
+            out_dim=32,
+            decoder_heads=2,
+            decoder_hidden=48,
             **SMALL | choices,
         ),
         lambda n: ((images(n, 48, 48), *prompts(n)), {}),
         segmentation,
-        dropout={"attention_dropout": 0.1},
+        training={"attention_dropout": 0.1},
         unused=("prompts.no_mask",),
     ),
     "maskgit": Family(

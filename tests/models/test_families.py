@@ -9,6 +9,7 @@ from families import CASES, FAMILIES, make
 
 from xformer_fast import dispatch
 from xformer_fast.testing import check_close
+from xformer_fast.tuning import add_adapters, add_prefixes, add_prompts
 
 needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
@@ -16,14 +17,18 @@ needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=
 def gradients(name, model):
     model.zero_grad()
     FAMILIES[name].loss(*FAMILIES[name].run(model)).backward()
-    return {key: p.grad for key, p in model.named_parameters() if key not in FAMILIES[name].unused}
+    return {key: p.grad.cpu() for key, p in model.named_parameters() if key not in FAMILIES[name].unused}
 
 
-@needs_kernels
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [pytest.param("cpu", "cpu", marks=needs_kernels), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize(("name", "mixer"), CASES)
-def test_backends_agree(name, mixer):
+def test_backends_agree(name, mixer, backend, device, monkeypatch):
     """Outputs and all gradients, by the error rule: the reference backend in float64 is the truth."""
-    fused, naive = make(name, mixer, backend="cpu"), make(name, mixer, backend="reference")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    fused, naive = (make(name, mixer, backend=chosen).to(device) for chosen in (backend, "reference"))
     naive.load_state_dict(fused.state_dict())
     exact = copy.deepcopy(naive).double()
     for ours, theirs, truth in zip(*(FAMILIES[name].run(m) for m in (fused, naive, exact)), strict=True):
@@ -61,7 +66,7 @@ def test_trains(name):
     """A batch is learned by heart, with dropout on the way."""
     torch.manual_seed(0)
     family = FAMILIES[name]
-    model = family.make(**family.dropout).train()
+    model = family.make(**family.training).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
@@ -71,6 +76,29 @@ def test_trains(name):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0], losses
+
+
+NO_PREFIXES = {"swin", "maxvit", "convnext", "replknet", "conformer", "branchformer", "sam"}
+NO_PROMPTS = {"swin", "maxvit", "metaformer", "convnext", "replknet", "detr", "sam"}
+
+
+@pytest.mark.parametrize("add", [add_prefixes, add_prompts, add_adapters])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_added_learns(name, add):
+    """Prefixes, prompts and adapters have a part in the results of every family that can take them."""
+    model = make(name)
+    before = {key for key, _ in model.named_parameters()}
+
+    def learn():
+        add(model)
+        return {key: g for key, g in gradients(name, model).items() if key not in before}
+
+    if name in {add_prefixes: NO_PREFIXES, add_prompts: NO_PROMPTS, add_adapters: {"replknet"}}[add]:
+        with pytest.raises(ValueError):
+            learn()
+        return
+    added = learn()
+    assert added and all(g.abs().max() > 0 for key, g in added.items() if ".reduce." not in key)
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ def test_code_runs():
     model, tokens = shared["TakingTurns"](100).eval(), torch.randint(100, (2, 150))
     out = generate(model, tokens, max_new_tokens=3)
     assert torch.equal(out[:, -1], model(torch.cat((tokens, out[:, :-1]), 1))[:, -1].argmax(-1))
+    captioner, captions = shared["captioner"], shared["captions"]
+    written = torch.cat((shared["start"], captions[:, :-1]), 1)
+    assert torch.equal(captions, captioner.decode(written, captioner.encode(shared["images"])).argmax(-1))
 
 
 def test_every_family_has_a_row():

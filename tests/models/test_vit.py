@@ -7,8 +7,10 @@ from hosts import HEADS, WIDTH, assert_near, transformers_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xformer_fast import dispatch
 from xformer_fast.models import ViT
 
+needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 SIZES = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 48,
     "image_size": 24, "patch_size": 8, "num_labels": 5,
@@ -56,6 +58,7 @@ def run(side, **choices):
     return recorder
 
 
+@needs_kernels
 def test_linear_in_pixels():
     """Four times the pixels make tensors of four times the size; no operator but the linear one mixes places."""
     small, large = (run(side, mixer="linear", backend="cpu") for side in (64, 128))

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-HOSTS = {"transformers": "transformers", "sdpa_callers": "torch", "torch_mha": "torch"}  # file -> library
+HOSTS = {  # file -> library; in this order: distance.py goes on where transformers.py ends
+    "transformers": "transformers", "distance": "transformers", "banded": "transformers", "sdpa_callers": "torch",
+    "followed": "torch", "torch_mha": "torch",
+}  # fmt: skip
 
 
 @dataclass
@@ -59,8 +62,10 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     report = PatchReport()
     for host in _hosts():
         host.patch_model(model, backend, report)
-    for name in report.replaced:
-        report.skipped.pop(name, None)  # one host's module inside another's
+    replaced, around = {*report.replaced}, {above for name in report.replaced for above in _above(name)}
+    for name in [*report.skipped]:  # told by one host, replaced by another: the same module, one inside it or around it
+        if name in replaced or name in around or not replaced.isdisjoint(_above(name)):
+            del report.skipped[name]
     if not report.replaced and not report.skipped:
         report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
     return report
@@ -101,6 +106,12 @@ def register_transformers() -> None:
     >>> xformer_fast.register_transformers()
     """
     importlib.import_module(".transformers", __name__).register()
+
+
+def _above(name: str) -> set[str]:
+    """The names of the modules that a module lies in."""
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(len(parts))}
 
 
 def _check(model):

@@ -42,6 +42,12 @@ def hide(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(second, first, float("-inf")) if second.dtype == torch.bool else first + second
 
 
+def add_mask(call: dict, mask: Tensor):
+    """A mask beside the one in the arguments of a call of `attention`, both cut to its keys."""
+    mask, first = (x if x is None else x[..., : call["key"].shape[2]] for x in (mask, call["mask"]))
+    call["mask"] = mask if first is None else hide(first, mask)
+
+
 def swap(module: nn.Module, recipe: Recipe, backend: str | None):
     """Gives `module` the members that recipe(class, backend) returns; a swapped module is swapped anew."""
     restore(module)

@@ -5,7 +5,7 @@ untouched, to globals where that name leads to `xformer_fast.scaled_dot_product_
 stays timm's: projections, norms, rotation, relative position bias (a float mask here, with gradient), gates, windows.
 timm's `fused_attn` reads True on such a module, also where it is off by default (Swin) or the user switched it off.
 
-Left, with a reason: modules that compute scores themselves (Swin-V2's cosine attention, linear attention).
+Left, with a reason: modules that compute scores themselves and that followed.py does not know (linear attention).
 
 The rebound methods see their module's globals as they were at the first patch. Fine for a library; the modules of a
 notebook, say, may rely on globals that change, so only LIBRARIES are looked at.
@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from .. import ops
 from . import PatchReport
 from .common import no_kernel, original, restore, swap, swapped
+from .follow import Followed
+from .follow_attention import sdpa
 
 LIBRARIES = {"timm", "transformers"}
-_SDPA = "scaled_dot_product_attention"
+SDPA = "scaled_dot_product_attention"
 
 
 def _recipe(cls: type, backend: str | None) -> dict:
     stand_ins = _stand_ins(backend)
     members = {}
-    for name, method in _callers(cls).items():
+    for name, method in callers(cls).items():
         scope = {key: stand_ins.get(id(value), value) for key, value in method.__globals__.items()}
         scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
         bound = types.FunctionType(method.__code__, scope, name, method.__defaults__, method.__closure__)
@@ -54,11 +56,13 @@ def _stand_ins(backend: str | None) -> dict[int, object]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if isinstance(query, Followed) or isinstance(attn_mask, Followed):
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return ops.attention.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
         )
 
-    functional = _copy(F, **{_SDPA: scaled_dot_product_attention})
+    functional = _copy(F, **{SDPA: scaled_dot_product_attention})
     layers = _copy(nn, functional=functional)
     return {
         id(F.scaled_dot_product_attention): scaled_dot_product_attention,
@@ -75,10 +79,16 @@ def _copy(module: types.ModuleType, **changes) -> types.ModuleType:
 
 
 @functools.cache
-def _callers(cls: type) -> dict[str, types.FunctionType]:
-    """The methods of cls, its own and inherited, that name sdpa."""
+def callers(cls: type) -> dict[str, types.FunctionType]:
+    """The methods of cls, its own and inherited, that name sdpa; none where one hands it a bias to be followed."""
     methods = ((name, inspect.getattr_static(cls, name)) for name in dir(cls))
-    return {name: m for name, m in methods if isinstance(m, types.FunctionType) and _SDPA in m.__code__.co_names}
+    found = {name: m for name, m in methods if isinstance(m, types.FunctionType) and SDPA in m.__code__.co_names}
+    return {} if any(decomposes(method.__code__) for method in found.values()) else found
+
+
+def decomposes(code: types.CodeType) -> bool:
+    """Does it ask for decomposed relative positions? followed.py keeps them from becoming a matrix."""
+    return any("decomposed" in name for name in code.co_names)
 
 
 def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
@@ -87,7 +97,7 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
         libraries = LIBRARIES.intersection(base.__module__.partition(".")[0] for base in cls.__mro__)
         if not libraries:
             continue
-        if not _callers(cls):
+        if not callers(cls):
             below = (m for m in module.modules() if m is not module)
             named = "timm" in libraries and "Attention" in cls.__name__  # transformers.py speaks for its own
             if named and not any("Attention" in type(m).__name__ for m in below):

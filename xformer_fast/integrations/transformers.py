@@ -40,6 +40,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
@@ -48,9 +49,14 @@ from transformers.utils.import_utils import is_tracing
 
 from ..ops.attention import attention, varlen_attention
 from . import PatchReport
-from .common import hide, no_kernel
+from .banded import is_banded
+from .common import add_mask, hide, no_kernel, original
+from .follow import Followed, Trace, real, takes_all
+from .follow_attention import Rule, Sum, sdpa
+from .followed import scorers
 
 NAME = "xformer_fast"
+FOLLOWED = "xformer_fast_followed"  # the implementation of models that compute their scores themselves: masks alone
 _RECORD = "_xformer_fast_patch"
 _DTYPES = (torch.int16, torch.uint8, torch.int32, torch.int64)
 
@@ -100,46 +106,48 @@ def attention_forward(
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
             raise TypeError(f"xformer_fast attention: {name}: {_REFUSED.get(name, 'this option is not known to it')}")
+    if isinstance(query, Followed) or isinstance(attention_mask, Sum):  # windows of a map: follow_windows.py
+        if any(x is not None for x in (softcap, s_aux, position_bias, cu_seq_lens_q)):
+            query, key, value, attention_mask = map(real, (query, key, value, attention_mask))
+        else:
+            out = sdpa(query, key, value, attention_mask, dropout, scale=scaling)
+            return out.transpose(1, 2).contiguous(), None
     if query.shape[0] != key.shape[0]:  # learned queries that all rows share
         query = query.expand(key.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout, "backend": backend}
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    mask = key_lengths = None
-    causal, window = False, None
+    call = {"query": query, "key": key, "value": value, "mask": None, "key_lengths": None}
+    call |= {"causal": False, "window": None}
     if attention_mask is None:
-        causal = "top_left" if is_causal and query.shape[2] > 1 else False
+        call["causal"] = "top_left" if is_causal and query.shape[2] > 1 else False
         if is_causal and sliding_window is not None:
-            window = (sliding_window - 1, -1)
+            call["window"] = (sliding_window - 1, -1)
     elif attention_mask.dtype == torch.bool or attention_mask.dtype.is_floating_point:
-        mask = attention_mask
+        call["mask"] = attention_mask
     else:
-        causal, window, content = _decode(attention_mask)
-        if content.dtype == torch.int64:
-            if cu_seq_lens_q is None:
-                cu_seq_lens_q = cu_seq_lens_k = content
-            content = None
-        elif content.dtype == torch.int32:
-            key_lengths = content.expand(query.shape[0])
-        else:
-            key, value = key[:, :, : content.shape[1]], value[:, :, : content.shape[1]]
-            mask = content.bool()[:, None, None, :] if content.dtype == torch.uint8 else None
+        _unpack(attention_mask, call)
+        if attention_mask.dtype == torch.int64 and cu_seq_lens_q is None:
+            cu_seq_lens_q = cu_seq_lens_k = attention_mask[0, 0, 0]
 
-    if cu_seq_lens_q is not None and mask is None:
-        if key_lengths is not None or position_bias is not None:
+    if cu_seq_lens_q is not None and call["mask"] is None:
+        if call["key_lengths"] is not None or position_bias is not None:
             other = "padding" if position_bias is None else "position_bias"
             raise ValueError(f"xformer_fast attention: {other} cannot stand beside packed sequences (cu_seq_lens_q)")
-        if attention_mask is None:
-            causal = bool(is_causal)
+        causal = bool(is_causal) if attention_mask is None else call["causal"]
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return _packed(query, key, value, lengths, causal=causal, window=window, **options), None
+        return _packed(query, key, value, lengths, causal=causal, window=call["window"], **options), None
     if cu_seq_lens_q is not None:
-        mask = hide(mask, _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key))
-    if position_bias is not None:
-        position_bias = position_bias[..., : key.shape[2]]
-        mask = position_bias if mask is None else hide(position_bias, mask)
-    out = attention(query, key, value, mask=mask, causal=causal, window=window, key_lengths=key_lengths, **options)
+        call["mask"] = hide(call["mask"], _same_sequence(cu_seq_lens_q, cu_seq_lens_k, query, key))
+    if isinstance(position_bias, Rule):  # distance.py
+        position_bias.apply(call)
+    elif getattr(module, "adds_zeros", False):
+        pass
+    elif position_bias is not None:
+        position_bias = position_bias[..., : call["key"].shape[2]]
+        call["mask"] = position_bias if call["mask"] is None else hide(position_bias, call["mask"])
+    out = attention(**call, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -187,6 +195,18 @@ def _decode(mask: Tensor) -> tuple[bool, tuple[int, int] | None, Tensor]:
         return rule == 2, None, content
     width = (rule - 1) // 2
     return (True, (width - 1, -1), content) if rule % 2 else (False, (width, width), content)
+
+
+def _unpack(mask: Tensor, call: dict):
+    """A structured mask, packed sequences apart, into the arguments of a call of `attention`."""
+    call["causal"], call["window"], content = _decode(mask)
+    if content.dtype == torch.int32:
+        call["key_lengths"] = content.expand(call["query"].shape[0])
+    elif content.dtype != torch.int64:
+        keys = content.shape[1]
+        call["key"], call["value"] = call["key"][:, :, :keys], call["value"][:, :, :keys]
+        if content.dtype == torch.uint8:
+            add_mask(call, content.bool()[:, None, None, :])
 
 
 def structured_mask(
@@ -309,6 +329,64 @@ def _closure(function: Callable) -> dict:
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
+class Mask(Rule):
+    """What models that compute their scores themselves get for a mask: how to make it, theirs or a structured one."""
+
+    def __init__(self, given: dict, hides: bool = False, structured: list | None = None):
+        self.trace, self.given, self.hides = Trace(None), given, hides
+        self.structured = [] if structured is None else structured  # filled when it is first asked for
+
+    @property
+    def shape(self):
+        return torch.Size((self.given["batch_size"], 1, self.given["q_length"], self.given["kv_length"]))
+
+    @property
+    def dtype(self):
+        return torch.bool if self.hides else self.given.get("dtype", torch.float32)
+
+    @property
+    def device(self):
+        return torch.device(self.given.get("device", "cpu"))
+
+    def compute(self):
+        mask = eager_mask(**self.given)
+        if mask is None:
+            mask = torch.zeros(self.shape, dtype=self.given.get("dtype"), device=self.device)
+        return mask.to(torch.bool) if self.hides else mask
+
+    def on_cast(self, x, *args, **kwargs):
+        """To bool: True hides, as models have it that fill scores in where it is True."""
+        return Mask(self.given, self.hides or torch.bool in (*args, *kwargs.values()), self.structured)
+
+    def on_getitem(self, x, index):
+        if takes_all(index, self.shape):
+            return self
+        plain = self.given.get("mask_function") is bidirectional_mask_function and not self.hides
+        if plain and isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], int):
+            row = eager_mask(**self.given | {"q_length": 1, "allow_is_bidirectional_skip": False})  # they are all alike
+            return row[index[0], index[1], 0, index[3]]
+        return NotImplemented
+
+    def inverted(self):
+        return Mask(self.given, False, self.structured) if self.hides else NotImplemented
+
+    def apply(self, call: dict):
+        if not self.structured:
+            self.structured.append(structured_mask(**self.given))
+        mask = self.structured[0]
+        if mask is None:
+            call["causal"] = "top_left" if self.given["q_length"] > 1 else False
+        elif mask.dtype in _DTYPES and mask.dtype != torch.int64:
+            _unpack(mask, call)
+        else:
+            add_mask(call, self.compute() if mask.dtype == torch.int64 else mask)
+
+
+def followed_mask(**given) -> Mask:
+    """The mask function of models whose attention is followed: called as any is, by keywords."""
+    return Mask(given)
+
+
 # Registration and patching
 
 
@@ -320,6 +398,7 @@ def register(backend: str | None = None) -> str:
     forward = attention_forward if backend is None else functools.partial(attention_forward, backend=backend)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, structured_mask)
+    AttentionMaskInterface.register(FOLLOWED, followed_mask)
     return name
 
 
@@ -347,7 +426,7 @@ def unpatch_model(model: nn.Module):
     for _, host in _outermost(model):
         record = host.__dict__.pop(_RECORD, None)
         for name, implementation in record.before.items() if record is not None else ():
-            host.get_submodule(name).set_attn_implementation(implementation)
+            _assign(host.get_submodule(name), implementation)
 
 
 def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
@@ -357,14 +436,16 @@ def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, r
         if isinstance(module, PreTrainedModel):
             owners.setdefault(id(module.config), (name, module))
     reasons = {name: _reason_against(owner, backend) for name, owner in owners.values()}
+    followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
     record = getattr(host, _RECORD, None)
     before = record.before if record else {name: _implementations(owner.config) for name, owner in owners.values()}
-    if not all(reasons.values()):
+    if followed or not all(reasons.values()):
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
-            owner.set_attn_implementation(before[name] if reasons[name] else implementation)
+            wanted = FOLLOWED if name in followed else before[name] if reasons[name] else implementation
+            _assign(owner, wanted)
 
     for name, module in attentions.items():
         owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
@@ -403,10 +484,24 @@ def _implementations(config) -> dict:
     return {"": config._attn_implementation} | {key: _implementations(sub) for key, sub in below if sub is not None}
 
 
+def _assign(owner: PreTrainedModel, implementation: str | dict):
+    if owner._can_set_attn_implementation():
+        owner.set_attn_implementation(implementation)
+    else:  # transformers refuses: there the config's entry decides on masks alone
+        whole = implementation[""] if isinstance(implementation, dict) else implementation
+        owner.config._attn_implementation_internal = whole
+
+
+def _is_followed(owner: PreTrainedModel, backend: str | None) -> bool:
+    """Does it hold attention of ours, and none on AttentionInterface?"""
+    if owner._can_set_attn_implementation() or no_kernel(next(owner.parameters(), None), backend) is not None:
+        return False
+    return any(scorers(original(module)) or is_banded(original(module)) for module in owner.modules())
+
+
 def _reason_against(owner: PreTrainedModel, backend: str | None) -> str | None:
     """Why a model is left as it is, or None."""
-    kinds = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
-    if not owner._can_set_attn_implementation() or not any(getattr(owner, kind, False) for kind in kinds):
+    if not owner._can_set_attn_implementation():
         return f"{type(owner).__name__} does not go through AttentionInterface"
     if getattr(owner.config, "output_attentions", False):
         return "its config asks for output_attentions, and attention weights are never formed"

@@ -36,6 +36,7 @@ class ConvNeXt(nn.Module):
     """image (B, channels, H, W) -> logits (B, num_classes).
 
     dims, depths: one a stage. mixer: makes the mixer of every block, a module on maps (B, H, W, dim), out of dim.
+    norm_eps: of the last norm.
 
     >>> import torch
     >>> from xformer_fast.layers import Attention

@@ -61,8 +61,10 @@ class ConvolutionalAttention(Attention):
         query, key, value = (
             torch.cat((tokens, self.convolutions[part](image.unflatten(1, space)).flatten(1, 2)), 1) for part in _PARTS
         )
-        projected = (self._heads(y) for y in (self.query(query), self.key(key), self.value(value)))
-        return self.out(self.mixer(*projected).flatten(-2))
+        query, key, value = (self._heads(y) for y in (self.query(query), self.key(key), self.value(value)))
+        if self.prefix is not None:
+            key, value, _ = self.prefix(key, value, {})
+        return self.out(self.mixer(query, key, value).flatten(-2))
 
 
 class Stage(nn.Module):

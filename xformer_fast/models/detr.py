@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import expect, renamed
-from ..layers import Attention, FeedForward, Stack, TransformerLayer, perceptron
+from ..frontends import perceptron
+from ..layers import Attention, FeedForward, Stack, TransformerLayer
 from ..positions import sinusoids
 
 _RESNET = "model.backbone.model."
@@ -108,7 +109,7 @@ class DETR(nn.Module):
 
     The last class is "no object"; boxes are centre x, centre y, width, height, in parts of the image. backbone: a
     module that maps images to (B, H', W', backbone.dim); a ResNet-50 if None. attention: arguments of every
-    `Attention`: mixer, backend, ...
+    `Attention`: mixer, backend, ... `matching_loss` needs SciPy, of the extra `vision`.
 
     >>> import torch
     >>> from xformer_fast.models import DETR

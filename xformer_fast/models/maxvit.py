@@ -24,7 +24,7 @@ NAMES = (  # of timm's MaxxVit, the variants maxvit_*_tf_*
         f"stages.*.blocks.*.conv.{theirs}.*": f"stages.*.*.convolution.{ours}.*"
         for theirs, ours in {
             "shortcut.expand": "shortcut.1", "pre_norm": "branch.0", "conv1_1x1": "branch.1", "norm1": "branch.2",
-            "conv2_kxk": "branch.4", "norm2": "branch.5", "se.fc1": "branch.7.down", "se.fc2": "branch.7.up",
+            "conv2_kxk": "branch.4", "norm2": "branch.5", "se.fc1": "branch.7.squeeze", "se.fc2": "branch.7.excite",
             "conv3_1x1": "branch.8",
         }.items()
     }
@@ -57,10 +57,10 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.down, self.up = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
+        self.squeeze, self.excite = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return x * self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class InvertedBottleneck(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import expect, renamed
-from ..frontends import ChannelsFirst, PatchEmbedding
-from ..layers import Attention, FeedForward, Residual, Stack, TransformerLayer, init_weights, perceptron
+from ..frontends import ChannelsFirst, PatchEmbedding, perceptron
+from ..layers import Attention, FeedForward, Residual, Stack, TransformerLayer, init_weights
 from ..ops.attention import attention as fused_attention
 
 NAMES = {  # of a SamModel

@@ -1,0 +1,247 @@
+"""Code of a host runs as it was written, and is followed: what it asks of torch may be answered by a stand-in.
+
+Under `Following`, a function of torch for which following begins (a product that may be scores, a map that is rolled or
+cut into windows) gives its host a `Followed` in place of a tensor. It looks like that tensor and knows how it came
+about, but nothing was computed. Each function of torch that then meets it has a rule, `on_<name>`, which answers with
+another Followed, or with a tensor that a kernel of ours made of all that went before (follow_attention.py,
+follow_windows.py).
+
+A function without a rule, or whose rule says NotImplemented, finds the tensor that the host would have: `real` makes it
+by the host's own operations, and the host goes on with it. So a module may be followed in vain, never wrongly.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Trace:
+    """What is followed in one call of a module."""
+
+    def __init__(self, backend: str | None, maps: bool = False):
+        self.backend = backend
+        self.maps = maps  # maps that are cut into windows are followed too: follow_windows.py
+        self.windows = None  # the geometry of the map that was rolled and cut last
+        self.busy = False  # inside a rule: what it computes is not followed
+        self.attended = False  # attention ran on our kernels
+        self.unknown = None  # the first function that made scores or moved tokens be computed
+
+
+class Following(TorchFunctionMode):
+    """Calls of torch inside it are followed."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.trace.busy:
+            return func(*args, **kwargs)
+        if any(issubclass(kind, Followed) for kind in types):
+            return run(func, args, kwargs)
+        begin = BEGIN.get(func)
+        if begin is not None:
+            result = begin(self.trace, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+def following(method: Callable, backend: str | None, maps: Callable[[], bool] | None = None) -> Callable:
+    """`method` of a module, followed; `maps()` says whether cuts of maps are, too.
+
+    Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
+    """
+    names = list(inspect.signature(method).parameters)
+    wish = names.index("output_attentions") - 1 if "output_attentions" in names else None
+
+    @functools.wraps(method)
+    def followed(self, *args, **kwargs):
+        asked = kwargs.get("output_attentions") or (wish is not None and len(args) > wish and args[wish])
+        inside = any(isinstance(x, Followed) and x.trace.maps for x in (*args, *kwargs.values()))
+        if asked or inside:  # of a method that is followed
+            return method(self, *args, **kwargs)
+        trace = Trace(backend, maps is not None and maps())
+        with Following(trace):
+            result = method(self, *args, **kwargs)
+        if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
+            what = "windows are cut" if trace.maps else "attention is computed"
+            _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
+        return _returned(result)
+
+    return followed
+
+
+@functools.cache
+def _tell_once(message: str):
+    warnings.warn(message, stacklevel=3)
+
+
+def _returned(result):
+    if isinstance(result, Followed):
+        return result.leave()
+    return type(result)(map(_returned, result)) if type(result) in (tuple, list) else result
+
+
+class Followed:
+    """Stands for a tensor that the host's code asked for and that is not computed. `on_<name>` are the rules."""
+
+    trace: Trace
+    computed: Tensor | None = None
+    weights = False  # scores or attention weights
+
+    def compute(self) -> Tensor:
+        raise NotImplementedError
+
+    def real(self) -> Tensor:
+        """The tensor, as the host's own operations make it."""
+        if self.computed is None:
+            before, self.trace.busy = self.trace.busy, True
+            self.computed = self.compute()
+            self.trace.busy = before
+        return self.computed
+
+    def leave(self):
+        """What a followed method returns in its place."""
+        return self.real()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.real(), name)
+
+    def size(self, dim=None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self):
+        return len(self.shape)
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    def on_same(self, x, *args, **kwargs):
+        return x
+
+
+_NAMES = {  # the rule -> the names that torch, Tensor and functional have for the function
+    "matmul": ("matmul", "bmm", "__matmul__"),
+    "baddbmm": ("baddbmm",),
+    "einsum": ("einsum",),
+    "add": ("add", "__add__", "__radd__", "__iadd__"),
+    "sub": ("sub", "__sub__", "__isub__", "subtract"),
+    "mul": ("mul", "__mul__", "__rmul__", "__imul__", "multiply"),
+    "div": ("div", "__truediv__", "__itruediv__", "true_divide"),
+    "masked_fill": ("masked_fill",),
+    "where": ("where",),
+    "softmax": ("softmax",),
+    "dropout": ("dropout",),
+    "normalize": ("normalize",),
+    "linear": ("linear",),
+    "layer_norm": ("layer_norm",),
+    "view": ("view", "reshape"),
+    "view_as": ("view_as", "reshape_as"),
+    "flatten": ("flatten",),
+    "unflatten": ("unflatten",),
+    "unsqueeze": ("unsqueeze",),
+    "expand": ("expand",),
+    "transpose": ("transpose", "swapaxes", "swapdims"),
+    "permute": ("permute",),
+    "unbind": ("unbind",),
+    "chunk": ("chunk",),
+    "getitem": ("__getitem__",),
+    "roll": ("roll",),
+    "pad": ("pad",),
+    "scaled_dot_product_attention": ("scaled_dot_product_attention",),
+    "same": ("contiguous", "clone"),
+    "cast": ("float", "to", "type_as"),
+}
+
+
+def _functions(rule: str) -> list[Callable]:
+    return [getattr(owner, name) for name in _NAMES[rule] for owner in (torch, Tensor, F) if hasattr(owner, name)]
+
+
+_RULES = {function: f"on_{rule}" for rule in _NAMES for function in _functions(rule)}
+BEGIN: dict[Callable, Callable] = {}  # function of torch -> f(trace, *its arguments), a Followed or NotImplemented
+
+
+def begins(*rules: str) -> Callable:
+    """Following begins with these functions, by the function that is decorated."""
+
+    def register(begin):
+        BEGIN.update({function: begin for rule in rules for function in _functions(rule)})
+        return begin
+
+    return register
+
+
+def _method(function: Callable) -> Callable:
+    def method(self, *args, **kwargs):
+        return run(function, (self, *args), kwargs)
+
+    return method
+
+
+_OPERATORS = (  # without a rule; Python looks them up in the class, past __getattr__
+    "setitem rsub rtruediv pow rpow floordiv mod rmatmul neg abs invert and or xor iand ior "
+    "eq ne lt le gt ge len iter bool int float"
+)
+for _name in (*(name for rule in _NAMES.values() for name in rule), *(f"__{name}__" for name in _OPERATORS.split())):
+    if hasattr(Tensor, _name):
+        setattr(Followed, _name, _method(getattr(Tensor, _name)))
+
+
+def run(func: Callable, args, kwargs):
+    """A function of torch whose arguments hold a Followed: by a rule, or on tensors."""
+    args = tuple(x.computed if isinstance(x, Followed) and x.computed is not None else x for x in args)
+    owner = next((x for x in (*args, *kwargs.values()) if isinstance(x, Followed)), None)
+    rule = getattr(type(owner), _RULES.get(func, ""), None)
+    if rule is not None:
+        trace = owner.trace
+        before, trace.busy = trace.busy, True
+        result = rule(owner, *args, **kwargs)
+        trace.busy = before
+        if result is not NotImplemented:
+            return result
+    if owner is not None and (owner.trace.maps or owner.weights):
+        owner.trace.unknown = owner.trace.unknown or func.__name__
+    return func(*(real(x) for x in args), **{name: real(x) for name, x in kwargs.items()})
+
+
+def real(x):
+    if isinstance(x, Followed):
+        return x.real()
+    return type(x)(map(real, x)) if type(x) in (tuple, list) else x
+
+
+def sizes_of(sizes) -> list | None:
+    """The arguments of a view as a list; None for a view as another dtype."""
+    sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else list(sizes)
+    return None if any(isinstance(size, torch.dtype) for size in sizes) else sizes
+
+
+def takes_all(index, shape) -> bool:
+    """Does x[index] leave a tensor of this shape as it is?"""
+    index = index if isinstance(index, tuple) else (index,)
+    if len(index) > len(shape) or not all(isinstance(part, slice) and part.step is None for part in index):
+        return False
+    return all(part.indices(size)[:2] == (0, size) for part, size in zip(index, shape, strict=False))
+
+
+def cast_of(dtype: torch.dtype, *args, **kwargs) -> torch.dtype:
+    """The dtype that `x.to(...)`, `x.type_as(...)` or `x.float()` gives a tensor of `dtype`."""
+    given = (*args, *kwargs.values())
+    asked = [x.dtype if isinstance(x, Tensor | Followed) else x for x in given]
+    return next((x for x in asked if isinstance(x, torch.dtype)), dtype if given else torch.float32)
