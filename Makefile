@@ -9,7 +9,7 @@ BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 PIP     := $(BIN)/pip --disable-pip-version-check -qq
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
-SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) setup.py pyproject.toml
 
 .PHONY: help bench test test-avx512 test-cuda lint bench-full examples wheel sanitize gpu-proof clean
 

@@ -75,7 +75,8 @@ def cuda_home() -> str | None:
         homes = (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda"))
         whole = [str(home) for home in homes if (home / "include" / "cuda_runtime.h").exists()]
         cpp_extension.CUDA_HOME = whole[0] if whole else None
-    return cpp_extension.CUDA_HOME
+    home = cpp_extension.CUDA_HOME  # may be a runtime without a compiler
+    return home if home and (Path(home) / "bin" / "nvcc").exists() else None
 
 
 def with_leave_to_fail(command: type[build_ext], problem: str | None) -> type[build_ext]:
