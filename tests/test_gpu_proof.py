@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_proof
+from xformer_fast import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,24 @@ def test_anything_less_takes_the_proof_back(proof, cases, status):
     assert "attention/triton" in proof(case())[1]
     verdict, proven = proof(cases, status)
     assert not verdict and proven == {}
+
+
+@pytest.mark.parametrize(
+    "proof, reason",
+    [
+        ({}, "executed by emulation only: no run on a GPU has proved it yet (make gpu-proof)"),
+        ({"attention/triton": {"capability": "sm_90"}}, "executed by emulation only"),
+        ({"attention/cuda": {"capability": "sm_80"}}, "proven on sm_80 alone, this GPU is sm_90"),
+        ({"attention/cuda": {"capability": "sm_90"}}, None),
+    ],
+    ids=["nothing", "another backend", "another architecture", "this one"],
+)
+def test_cuda_kernels_are_chosen_where_their_architecture_is_proven(proof, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "proven", lambda: proof)
+    said = dispatch.cuda_unproven("attention", torch.device("cuda"))
+    assert said is None if reason is None else said.startswith(reason)
+    assert dispatch.cuda_unproven("attention", torch.device("cpu")) == "the emulation is for tests"
 
 
 def test_a_second_run_goes_on(tmp_path, monkeypatch):

@@ -186,6 +186,11 @@ def test_matrix_loads_meet_no_bank_conflict(dtype):
     assert after.matrix_load_conflicts == before.matrix_load_conflicts
 
 
+def test_runs_by_name_alone():
+    text = xformer_fast.explain("attention", *inputs(1, 1, 1, 4, 6, 8))
+    assert "cuda runs this call" not in text and "the emulation is for tests" in text
+
+
 @pytest.mark.parametrize("name", ["global_keys", "decomposed_bias"])
 def test_what_has_no_kernel_is_refused(name):
     query, key, value = inputs(1, 1, 1, 4, 6, 8)
