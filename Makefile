@@ -9,9 +9,9 @@ BIN     := $(VENV)/bin
 PY      := $(BIN)/python
 PIP     := $(BIN)/pip --disable-pip-version-check -qq
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
-SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) setup.py pyproject.toml
 
-.PHONY: help bench test test-avx512 lint bench-full models models-table examples wheel sanitize gpu-proof clean
+.PHONY: help bench test test-avx512 test-cuda lint bench-full models models-table examples wheel sanitize gpu-proof clean
 
 EXAMPLES := gpt bert digits sentence-encoder tuning in-context associative-recall lengths scaling
 
@@ -54,6 +54,10 @@ wheel: $(VENV)/installed  ## a wheel in dist/
 
 test-avx512: $(VENV)/installed  ## the kernels of AVX-512 and AVX-512-BF16, by emulation where the CPU lacks them
 	tests/avx512_emulation/run.sh tests/ops
+
+test-cuda: $(VENV)/built  ## the CUDA C++ kernels on an emulated device, which needs no CUDA; and compiled, where nvcc is
+	$(PY) -m tests.cuda_emulation.build
+	$(PYTEST) -p tests.cuda_emulation.plugin tests/test_cuda_*.py tests/ops/test_*_cuda.py
 
 sanitize: $(VENV)/installed  ## 2,000 random calls of the C++ kernels under AddressSanitizer and UBSan
 	tests/sanitize/run.sh

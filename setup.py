@@ -2,7 +2,9 @@
 
 Two libraries: `xformer_fast/_ops.so`, the operators, on LibTorch's stable ABI (torch 2.11 and later, no Python
 symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU facts. The kernels in csrc/cpu are
-compiled once an instruction set and linked together; the best one is chosen at run time.
+compiled once an instruction set and linked together; the best one is chosen at run time. Under a CUDA build of torch,
+where nvcc is, those in csrc/cuda are compiled once for all GPU architectures and linked into the operators as well;
+XFORMER_FAST_CUDA=0 leaves them out, XFORMER_FAST_CUDA=1 builds them under any torch (nothing but a GPU can run them).
 
 Where the build tools are missing or fail, the install still succeeds and leaves `build_failure.txt` in the package,
 which `xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure, and any compiler warning, fatal;
@@ -38,6 +40,11 @@ if EMULATION := os.environ.get("XFORMER_FAST_EMULATE_AVX512"):  # a header: see 
     EXTRA_FLAGS.append("-DXF_EMULATED_ISA")
 CPU = Path("csrc") / "cpu"
 HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py, which runs in its folder
+CUDA = Path("csrc") / "cuda"
+CUDA_HEADERS = [*HEADERS, *sorted(str(path) for path in CUDA.glob("*.*h"))]
+GPU_TARGETS = {"80": "sm_80,compute_80", "89": "sm_89", "90a": "sm_90a"}  # PTX for whatever comes later
+NVCC_FLAGS = ["-O3", "-std=c++17", *(["--Werror", "all-warnings"] if MODE == "require" else [])]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in GPU_TARGETS.items()]
 LAUNCHER_SOURCES = sorted(path.name for path in CPU.glob("*_launcher.cpp"))  # compiled once, with torch's headers
 KERNEL_SOURCES = sorted({path.name for path in CPU.glob("*.cpp")} - {*LAUNCHER_SOURCES, "ceiling.cpp"})  # once an ISA
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
@@ -55,6 +62,21 @@ def missing_tool() -> str | None:
     if shutil.which("ninja") is None:
         return "no ninja"
     return None
+
+
+def cuda_home() -> str | None:
+    """Where CUDA's tools are, if the GPU kernels are to be built: never decided by whether there is a GPU."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if os.environ.get("XFORMER_FAST_CUDA", "1" if torch.version.cuda else "0") != "1":
+        return None
+    if cpp_extension.CUDA_HOME is None and (nvcc := shutil.which("nvcc")):  # a CPU build of torch does not look for it
+        homes = (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda"))
+        whole = [str(home) for home in homes if (home / "include" / "cuda_runtime.h").exists()]
+        cpp_extension.CUDA_HOME = whole[0] if whole else None
+    home = cpp_extension.CUDA_HOME  # may be a runtime without a compiler
+    return home if home and (Path(home) / "bin" / "nvcc").exists() else None
 
 
 def with_leave_to_fail(command: type[build_ext], problem: str | None) -> type[build_ext]:
@@ -98,6 +120,8 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
         def build_extension(self, extension):
             if extension.name.endswith("_ops"):
                 extension.extra_objects = [object_ for isa in isas for object_ in self.kernel_objects(isa)]
+                if cuda_home():
+                    extension.extra_objects += self.gpu_objects()
             super().build_extension(extension)
 
         def kernel_objects(self, isa: str) -> list[str]:
@@ -108,6 +132,14 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
                 include_dirs=[str(ROOT / CPU)],
                 extra_postargs={"cxx": [*flags, f"-DXFORMER_FAST_ISA={isa}", *EXTRA_FLAGS]},
                 depends=HEADERS,
+            )
+
+        def gpu_objects(self) -> list[str]:
+            return self.compiler.compile(
+                [str(path) for path in sorted(CUDA.glob("*.cu"))],
+                output_dir=str(Path(self.build_temp) / "cuda"),
+                extra_postargs={"cxx": [], "nvcc": NVCC_FLAGS},
+                depends=CUDA_HEADERS,
             )
 
         def get_ext_filename(self, name):  # the operators are no Python module: one file for every Python
@@ -122,11 +154,17 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
 
     theirs = [f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())]  # spared our warnings
     host_flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *WARNINGS, *theirs]
+    launchers, gpu_flags, gpu_libraries = [str(CPU / name) for name in LAUNCHER_SOURCES], [], []
+    if home := cuda_home():
+        launchers += [str(path) for path in sorted(CUDA.glob("*_launcher.cpp"))]
+        gpu_flags = [f"-isystem{home}/include", f"-I{ROOT / CUDA}"]
+        gpu_libraries = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
     operators = CppExtension(
         "xformer_fast._ops",
-        [str(CPU / name) for name in LAUNCHER_SOURCES],
-        extra_compile_args={"cxx": [*host_flags, STABLE_ABI, *EXTRA_FLAGS]},
-        depends=HEADERS,
+        launchers,
+        extra_compile_args={"cxx": [*host_flags, STABLE_ABI, *gpu_flags, *EXTRA_FLAGS]},
+        extra_link_args=gpu_libraries,
+        depends=CUDA_HEADERS,
         py_limited_api=True,  # links no Python library
     )
     facts = Extension(

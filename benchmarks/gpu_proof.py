@@ -1,7 +1,8 @@
 """Proves the GPU kernels on the machine at hand: builds, runs every test marked `gpu`, measures, says what is proven.
 
     make gpu-proof OUT=dir            all parts, in turn; a second run goes on where the first one stopped
-    make gpu-proof OUT=dir PART=tests     one part; each stays under 9 minutes, so that it fits a time-limited machine
+    make gpu-proof OUT=dir PART=tests     one part (tests, sanitizer, bench-...); each stays under 9 minutes, so that it
+                                          fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
 Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, <op>.csv, a report, and
@@ -18,10 +19,12 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROVEN = ROOT / "xformer_fast" / "proven.json"
 PART_SECONDS = 510
+SANITIZER_CHECKS = ("memcheck", "racecheck", "synccheck")
 CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
 PEERS = {"attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"}  # of the other ops: all that they have
 
@@ -65,6 +69,13 @@ def benchmark_parts() -> dict[str, list[Job]]:
     quick = [case for case in cases if case.quick]
     parts["bench-dtypes"] = [Job("attention", case.name, dtype) for dtype in ("float16", "float32") for case in quick]
     return parts
+
+
+def gpu_backends(op: str) -> list[str]:
+    """The GPU kernels of an op; benchmarks with names of their own (t5_attention) are calls of `attention`."""
+    from xformer_fast.dispatch import TABLES
+
+    return [name for name in TABLES.get(op, TABLES["attention"]).names() if name in ("triton", "cuda")]
 
 
 class Report:
@@ -139,6 +150,28 @@ def run_tests(out: Path, seconds: float, report: Report) -> bool:
     return clean
 
 
+def run_sanitizer(out: Path, seconds: float, report: Report) -> bool:
+    """NVIDIA's compute-sanitizer over small calls of the CUDA C++ kernels. True if it found nothing, or is not here."""
+    from xformer_fast.dispatch import cuda_problem
+
+    tool = shutil.which("compute-sanitizer")
+    missing = cuda_problem("attention_cuda") or (None if tool else "no compute-sanitizer")
+    if missing:
+        report(f"- sanitizer: not run: {missing}")
+        return True
+    fine, log = True, out / "sanitizer.log"
+    log.write_text("")
+    for check in SANITIZER_CHECKS:
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "tests/sanitize/gpu.py"]
+        status, output = run(command, seconds / len(SANITIZER_CHECKS))
+        with log.open("a") as file:
+            file.write(output)
+        verdict = "clean" if status == 0 else f"status {status}\n{tail(output)}"
+        report(f"- sanitizer: {check} {verdict}")
+        fine = fine and status == 0
+    return fine
+
+
 def record_proof(cases, passed, clean: bool, out: Path, report: Report) -> None:
     import torch
     import triton
@@ -200,7 +233,8 @@ def run_benchmarks(part: str, jobs: list[Job], out: Path, seconds: float, report
         job = left.pop(0)
         rows = out / ".rows.csv"
         rows.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.run", "--op", job.op, "--device", "cuda", "--backend", "triton"]
+        command = [sys.executable, "-m", "benchmarks.run", "--op", job.op, "--device", "cuda"]
+        command += ["--backend", ",".join(gpu_backends(job.op))]
         command += ["--peer", PEERS[job.op]] if job.op in PEERS else []
         command += ["--case", job.case, "--dtype", job.dtype, "--seconds", "1", "--out", str(rows)]
         print(f"{part}: {job.case} {job.dtype}, {len(left)} to go", flush=True)
@@ -229,24 +263,26 @@ def summarise(part: str, jobs: list[Job], path: Path, report: Report) -> None:
     cells = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
-            cells[row["case"], row["dtype"], row["mode"]][row["peer"].split(":")[0]] = float(row["ms"])
+            cells[row["case"], row["dtype"], row["mode"]][row["peer"]] = float(row["ms"])
     report(f"- {part}: {len(cells)} cells, {sum(row['status'] == 'wrong' for row in rows)} wrong results")
-    for mode in sorted({mode for _, _, mode in cells}):
+    names = {name for times in cells.values() for name in times}
+    ours = sorted(name for name in names if name.startswith("xformer_fast"))
+    for mode, own in itertools.product(sorted({mode for _, _, mode in cells}), ours):
         parts = []
-        for peer in sorted({peer for times in cells.values() for peer in times} - {"xformer_fast"}):
+        for peer in sorted(names - set(ours)):
             ratios = [
-                times[peer] / times["xformer_fast"]
+                times[peer] / times[own]
                 for key, times in cells.items()
-                if key[2] == mode and peer in times and "xformer_fast" in times
+                if key[2] == mode and peer in times and own in times
             ]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 parts.append(f"{peer} {mean:.2f}x (least {min(ratios):.2f}x, {len(ratios)} cases)")
-        report(f"  - {mode}, speed against {'; '.join(parts) or 'nobody'}")
+        report(f"  - {own}, {mode}, speed against {'; '.join(parts) or 'nobody'}")
 
 
 def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
-    """All but the GPU: the tests are collected, kernels compiled for sm_90, the benchmarks planned."""
+    """All but the GPU: the tests are collected, kernels compiled, the benchmarks planned."""
     status, output = run([sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only"], 200)
     count = sum("::" in line for line in output.splitlines())
     fine = status == 0 and count > 0
@@ -258,6 +294,7 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
         "- Triton kernels, forward and backward, for sm_90: "
         + ("compiled" if compiled else f"status {status}\n{tail(output)}")
     )
+    compiled = dry_run_cuda(report) and compiled
     with (out / "plan.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "op", "case", "dtype"])
@@ -268,17 +305,32 @@ def dry_run(parts: dict[str, list[Job]], out: Path, report: Report) -> bool:
     return fine and compiled
 
 
+def dry_run_cuda(report: Report) -> bool:
+    """The CUDA C++ kernels as far as this machine goes: one of them compiled, where nvcc is. False if that failed."""
+    report("- sanitizer: compute-sanitizer's " + ", ".join(SANITIZER_CHECKS) + " planned")
+    if not shutil.which("nvcc"):
+        report("- CUDA C++ kernels: not compiled here: no nvcc")
+        return True
+    command = [sys.executable, "-m", "pytest", "tests/test_cuda_compile.py"]  # all of them: make test-cuda
+    status, output = run(command, 300)
+    fine = status == 0 and " passed" in output
+    verdict = "rope compiled for every target" if fine else f"status {status}\n{tail(output)}"
+    report(f"- CUDA C++ kernels: {verdict}")
+    return fine
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-proof-results"))
-    parser.add_argument("--part", help="tests, or one of the benchmark's parts (bench-...); default: all in turn")
+    parser.add_argument("--part", help="tests, sanitizer, or one of the benchmark's (bench-...); default: all in turn")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the limit of a part")
     parser.add_argument("--dry", action="store_true", help="everything but the GPU")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     parts = benchmark_parts()
-    if args.part and args.part not in ("tests", *parts):
-        parser.error(f"--part must be tests, {', '.join(parts)}; got {args.part}")
+    checks = {"tests": run_tests, "sanitizer": run_sanitizer}
+    if args.part and args.part not in (*checks, *parts):
+        parser.error(f"--part must be {', '.join((*checks, *parts))}; got {args.part}")
 
     import torch
 
@@ -297,10 +349,10 @@ def main() -> int:
         fine = dry_run(parts, out, report)
     else:
         seconds, fine = args.seconds - (time.monotonic() - start if args.part else 0), True
-        for part in ("tests", *parts) if args.part is None else (args.part,):
+        for part in (*checks, *parts) if args.part is None else (args.part,):
             done = (
-                run_tests(out, seconds, report)
-                if part == "tests"
+                checks[part](out, seconds, report)
+                if part in checks
                 else run_benchmarks(part, parts[part], out, seconds, report)
             )
             fine = done and fine

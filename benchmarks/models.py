@@ -447,9 +447,7 @@ def line(rows: list[dict[str, Any]]) -> str:
     memory = " ".join("-" if m is None else f"{m:.0f} MiB" for m in memory)
     error = " ".join(f"{ours[k]:.0e}" for k in ("output_error", "gradient_error") if ours.get(k) is not None)
     ceiling = f"{ours['ceiling']:>8.2f}x{ours['of_ceiling']:>9.0%}" if "ceiling" in ours else f"{'-':>9}{'-':>9}"
-    return (
-        f"{text}{host['ms']:>7.1f} ms{ours['ms']:>7.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
-    )
+    return f"{text}{host['ms']:>7.1f} ms{ours['ms']:>7.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
 
 
 class ModelsCsv:

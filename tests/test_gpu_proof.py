@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_proof
+from xformer_fast import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +24,7 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "report.md").read_text()
     assert "gpu tests: " in report and "sm_90: compiled" in report and "Passed" in report
+    assert ("CUDA C++ kernels: rope compiled" if shutil.which("nvcc") else "no nvcc") in report
     with (tmp_path / "plan.csv").open(newline="") as file:
         planned = [row["case"] for row in csv.DictReader(file)]
     for kind in ("full_1k", "causal_32k", "gqa", "bias", "window", "decode"):
@@ -88,6 +90,24 @@ def test_anything_less_takes_the_proof_back(proof, cases, status):
     assert not verdict and proven == {}
 
 
+@pytest.mark.parametrize(
+    "proof, reason",
+    [
+        ({}, "executed by emulation only: no run on a GPU has proved it yet (make gpu-proof)"),
+        ({"attention/triton": {"capability": "sm_90"}}, "executed by emulation only"),
+        ({"attention/cuda": {"capability": "sm_80"}}, "proven on sm_80 alone, this GPU is sm_90"),
+        ({"attention/cuda": {"capability": "sm_90"}}, None),
+    ],
+    ids=["nothing", "another backend", "another architecture", "this one"],
+)
+def test_cuda_kernels_are_chosen_where_their_architecture_is_proven(proof, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "proven", lambda: proof)
+    said = dispatch.cuda_unproven("attention", torch.device("cuda"))
+    assert said is None if reason is None else said.startswith(reason)
+    assert dispatch.cuda_unproven("attention", torch.device("cpu")) == "the emulation is for tests"
+
+
 def test_a_second_run_goes_on(tmp_path, monkeypatch):
     jobs = [gpu_proof.Job("attention", name, "bfloat16") for name in ("a", "b", "c")]
     started, commit = [], ["one"]
@@ -101,7 +121,7 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch):
             columns = "commit,op,case,dtype,mode,peer,status,ms"
             rows = [
                 f"{commit[0]},attention,{name},bfloat16,fwd,{peer},ok,{ms}"
-                for peer, ms in (("sdpa", 2), ("xformer_fast:triton", 1))
+                for peer, ms in (("sdpa", 2), ("xformer_fast:triton", 1), ("xformer_fast:cuda", 4))
             ]
             file.write("\n".join([columns, *rows]) + "\n")
         return 0, ""
@@ -114,6 +134,8 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch):
     assert not go(seconds=0) and not started
     assert not go() and started == ["a", "b", "c"]
     assert go() and started == ["a", "b", "c", "b"]
-    assert "sdpa 2.00x (least 2.00x, 3 cases)" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "xformer_fast:triton, fwd, speed against sdpa 2.00x (least 2.00x, 3 cases)" in report
+    assert "xformer_fast:cuda, fwd, speed against sdpa 0.50x (least 0.50x, 3 cases)" in report
     commit[0] = "two"
     assert go() and started[-3:] == ["a", "b", "c"]

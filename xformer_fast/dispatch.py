@@ -94,6 +94,38 @@ def triton_problem() -> str | None:
 
 
 @functools.cache
+def cuda_problem(operator: str) -> str | None:
+    """Why the CUDA C++ kernels behind an operator cannot run here, or None."""
+    if not hasattr(torch.ops.xformer_fast, operator):
+        return build_problem() or "built without CUDA: torch is a CPU build, or there was no nvcc"
+    return None if emulates_cuda(operator) or torch.cuda.is_available() else "no GPU"
+
+
+@functools.cache
+def emulates_cuda(operator: str) -> bool:
+    """Whether the CUDA C++ kernels behind an operator run on CPU tensors: tests/cuda_emulation is loaded."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"xformer_fast::{operator}", "CPU")
+
+
+def cuda_unsupported(operator: str, device: torch.device) -> str | None:
+    """Why the CUDA C++ kernels behind an operator do not run on a device's tensors, or None."""
+    if device.type == "cuda":
+        return "the GPU is older than sm_80" if torch.cuda.get_device_capability(device) < (8, 0) else None
+    return None if device.type == "cpu" and emulates_cuda(operator) else f"tensors are on {device}, not on a GPU"
+
+
+def cuda_unproven(op: str, device: torch.device) -> str | None:
+    """Why the CUDA C++ kernels of an op are not chosen by default: they have to be proven on an architecture."""
+    if device.type == "cpu":
+        return "the emulation is for tests"
+    proof = proven().get(f"{op}/cuda")
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if proof is None:
+        return "executed by emulation only: no run on a GPU has proved it yet (make gpu-proof)"
+    return None if proof["capability"] == here else f"proven on {proof['capability']} alone, this GPU is {here}"
+
+
+@functools.cache
 def proven() -> dict[str, dict]:
     """What runs on GPUs have proved, {"op/backend": {...}}: proven.json, written by `make gpu-proof`."""
     path = Path(__file__).parent / "proven.json"

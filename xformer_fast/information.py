@@ -69,6 +69,7 @@ def _state(op: str, backend) -> str:
     reason = backend.missing()
     proof = proven().get(f"{op}/{backend.name}")
     if backend.name in ("triton", "cuda"):
-        ran = f"proven on {proof['device']}" if proof else "no GPU has run it yet: not chosen by default"
+        so_far = "executed by emulation only, no GPU has run it" if backend.name == "cuda" else "no GPU has run it yet"
+        ran = f"proven on {proof['device']}" if proof else f"{so_far}: not chosen by default"
         return f"{ran}; here: {reason or 'available'}"
     return f"not available: {reason}" if reason else "available"

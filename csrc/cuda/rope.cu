@@ -8,13 +8,10 @@
 // Positions are clamped to the tables' rows: a wrong one stays in memory.
 //
 // NOTES
-//   Compiled for sm_80 and sm_90a (no spills); no GPU has run it, and no operator is linked with it yet: Triton's kernel is
-//   the GPU backend.
+//   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills).
 #include "rope.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "device.cuh"
 
 namespace xformer_fast {
 namespace {
@@ -22,22 +19,6 @@ namespace {
 constexpr int kHeads = 8;     // of a block, query's and key's each
 constexpr int kAtOnce = 4;    // heads in flight
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ void assign(float& to, float x) { to = x; }
-__device__ __forceinline__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void assign(__half& to, float x) { to = __float2half_rn(x); }
-
-template <class T, int N>
-struct alignas(N * sizeof(T) > 16 ? 16 : N * sizeof(T)) Pack {
-  T values[N];
-};
-template <class T, int N>
-__device__ __forceinline__ Pack<T, N> load(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
-template <class T, int N>
-__device__ __forceinline__ void store(T* p, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(p) = pack; }
 
 template <int V>
 struct Angles {
@@ -88,7 +69,7 @@ __device__ __forceinline__ void turn(Pack<T, V>& first, Pack<T, V>& second, cons
 
 template <class T, int V, bool Interleaved>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ CudaRope r) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, batch = blockIdx.z;
+  const int64_t row = static_cast<int64_t>(blockIdx.x % r.row_blocks) * blockDim.y + threadIdx.y, batch = blockIdx.x / r.row_blocks;
   const int turning = 2 * r.pairs, apart = Interleaved ? V : r.pairs;
   for (int angle = threadIdx.x * V; angle < r.pairs; angle += blockDim.x * V) {
     const int place = Interleaved ? 2 * angle : angle;
@@ -144,7 +125,7 @@ bool fits_16_bytes(const CudaRope& r, int v) {
 }
 
 template <class T, int V, bool Interleaved>
-cudaError_t launch(const CudaRope& r, cudaStream_t stream) {
+cudaError_t rotate(CudaRope r, void* stream) {
   int length = 0, heads = 0;
   for (int i = 0; i < r.count; ++i) {
     length = max(length, r.tensors[i].length);
@@ -154,28 +135,27 @@ cudaError_t launch(const CudaRope& r, cudaStream_t stream) {
   int wide = 1;  // threads along the channels: a power of two
   while (wide * V < r.pairs && wide < 64) wide *= 2;
   const dim3 block(wide, kThreads / wide);
-  const dim3 grid((length + block.y - 1) / block.y, (heads + kHeads - 1) / kHeads, r.batch);
-  rope_kernel<T, V, Interleaved><<<grid, block, 0, stream>>>(r);
-  return cudaGetLastError();
+  r.row_blocks = (length + block.y - 1) / block.y;
+  const dim3 grid(r.row_blocks * r.batch, (heads + kHeads - 1) / kHeads);
+  return launch(rope_kernel<T, V, Interleaved>, grid, block, 0, stream, r);
 }
 
 template <class T>
-cudaError_t launch(const CudaRope& r, cudaStream_t stream) {
+cudaError_t rotate(const CudaRope& r, void* stream) {
   constexpr int v = 16 / sizeof(T);
-  if (fits_16_bytes<T>(r, v)) return r.interleaved ? launch<T, v, true>(r, stream) : launch<T, v, false>(r, stream);
-  return r.interleaved ? launch<T, 1, true>(r, stream) : launch<T, 1, false>(r, stream);
+  if (fits_16_bytes<T>(r, v)) return r.interleaved ? rotate<T, v, true>(r, stream) : rotate<T, v, false>(r, stream);
+  return r.interleaved ? rotate<T, 1, true>(r, stream) : rotate<T, 1, false>(r, stream);
 }
 
 }  // namespace
 
-extern "C" int xformer_fast_rope_cuda(const CudaRope* rope, void* stream) {
-  const auto s = static_cast<cudaStream_t>(stream);
-  switch (rope->element) {
-    case CudaElement::float32: return launch<float>(*rope, s);
-    case CudaElement::bfloat16: return launch<__nv_bfloat16>(*rope, s);
-    case CudaElement::float16: return launch<__half>(*rope, s);
+int rope_cuda(const CudaRope& rope, void* stream) {
+  switch (rope.element) {
+    case Element::float32: return rotate<float>(rope, stream);
+    case Element::bfloat16: return rotate<bf16>(rope, stream);
+    case Element::float16: return rotate<half>(rope, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace xformer_fast

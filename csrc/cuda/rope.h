@@ -1,10 +1,8 @@
 // Rotary position embedding on a GPU: what a launcher hands to the kernel. Raw pointers, no torch.
 #pragma once
-#include <cstdint>
+#include "../cpu/kernel.h"
 
 namespace xformer_fast {
-
-enum class CudaElement : int32_t { float32, bfloat16, float16 };
 
 constexpr int kMaxCudaRopeAxes = 8;
 
@@ -23,7 +21,7 @@ struct CudaRopeTensor {
 struct CudaRope {
   CudaRopeTensor tensors[2];
   int32_t count, batch, head_dim;
-  CudaElement element;
+  Element element;
   const float* cos;  // (table_rows, pairs)
   const float* sin;
   int64_t cos_row, sin_row, table_rows;
@@ -31,9 +29,10 @@ struct CudaRope {
   int32_t axes;   // 1, or the number of sections
   int32_t section_end[kMaxCudaRopeAxes];  // angle k follows the first axis whose end lies past k
   bool interleaved, inverse;
+  uint32_t row_blocks;  // of a sequence; set by rope_cuda
 };
 
 // Launches on a cudaStream_t; returns a cudaError_t.
-extern "C" int xformer_fast_rope_cuda(const CudaRope* rope, void* stream);
+int rope_cuda(const CudaRope& rope, void* stream);
 
 }  // namespace xformer_fast

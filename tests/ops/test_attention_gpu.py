@@ -4,21 +4,24 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+from attention_cases import OPTIONS, check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
 
 import xformer_fast
-from xformer_fast import reference
+from xformer_fast import dispatch, reference
 from xformer_fast.testing import check_close
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF = [torch.bfloat16, torch.float16]
+KERNEL_OPTIONS = {"triton": OPTIONS, "cuda": [n for n in OPTIONS if n not in ("global_keys", "decomposed_bias")]}
 
 
-@pytest.fixture(params=["triton"], autouse=True)
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
 def backend(request, record_property):
     """The backend under test; the recorded property is what `make gpu-proof` takes as evidence for it."""
+    if request.param == "cuda" and (missing := dispatch.cuda_problem("attention_cuda")):
+        pytest.skip(missing)
     record_property("proves", f"attention/{request.param}")
     return request.param
 
@@ -78,7 +81,7 @@ def check_call(tensors, backend, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls(backend, seed, dtype):
-    check_case(draw(1000 + seed, dtype), backend)
+    check_case(draw(1000 + seed, dtype, options=KERNEL_OPTIONS[backend]), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +92,7 @@ def test_random_packed_calls(backend, seed, dtype):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_long_calls(backend, seed):
-    check_case(draw(3000 + seed, HALF[seed % 2], long=True), backend)
+    check_case(draw(3000 + seed, HALF[seed % 2], long=True, options=KERNEL_OPTIONS[backend]), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,15 +6,17 @@ from attention_cases import unwritten_memory_is_nan
 from rope_cases import compare, draw, evaluate, on_backend, tables
 
 import xformer_fast
-from xformer_fast import Rope, reference
+from xformer_fast import Rope, dispatch, reference
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=["triton"], autouse=True)
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
 def backend(request, record_property):
     """The backend under test; the recorded property is what `make gpu-proof` takes as evidence for it."""
+    if request.param == "cuda" and (missing := dispatch.cuda_problem("rope_cuda")):
+        pytest.skip(missing)
     record_property("proves", f"apply_rope/{request.param}")
     return request.param
 

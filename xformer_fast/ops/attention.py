@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from ..positions import DistanceBias, Rope, T5Bias
 from . import attention_operator as operator
 from . import checks
@@ -94,7 +103,8 @@ def attention(
             torch.randint, and on the element's index alone, so that every backend drops the same.
         return_lse: also return the log of the softmax denominator, (B, Hq, Sq) float32 (float64 for float64),
             differentiable.
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, Hq, Sq, Dv) in the query's dtype and memory order; with return_lse a pair. A query with no key left gives
@@ -496,6 +506,25 @@ def _triton_runner() -> Callable:
     return kernel_runner(operator.register("triton"))
 
 
+def _cuda_unsupported(call: Call) -> str | None:
+    for name in ("global_keys", "decomposed_bias"):
+        if getattr(call, name) is not None:
+            return f"{name} is not in the CUDA kernels"
+    return cuda_unsupported("attention_cuda", call.query.device) or _kernel_limits(call, 256)
+
+
+def _cuda_unproven(call: Call) -> str | None:
+    return cuda_unproven("attention", call.query.device)
+
+
+def _cuda_problem() -> str | None:
+    return cuda_problem("attention_cuda")
+
+
+def _cuda_runner() -> Callable:
+    return kernel_runner(operator.register("cuda")) if _cuda_problem() is None else run_reference
+
+
 def _cpu_runner() -> Callable:
     return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
 
@@ -504,6 +533,7 @@ TABLE = Table(
     "attention",
     [
         Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend("cuda", _cuda_runner(), _cuda_problem, _cuda_unsupported, _cuda_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],

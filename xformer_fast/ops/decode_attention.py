@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from ..positions import DistanceBias, Rope, T5Bias
 from . import checks
 from .attention import triton_interprets
@@ -100,7 +109,8 @@ def decode_attention(
         sinks: (Hq,); one more logit a head in the softmax denominator.
         scale, softcap: as in `attention`.
         return_lse: also return the log of the softmax denominator, (B, Hq, T) float32.
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, Hq, T, Dv) in the query's dtype and memory order; with return_lse a pair. A token without a key gives zeros.
@@ -385,10 +395,29 @@ def _triton_unproven(call: Call) -> str | None:
     return None if "decode_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
 
 
+def _cuda_unsupported(call: Call) -> str | None:
+    return cuda_unsupported("decode_attention_cuda", call.query.device) or _kernel_limits(call, 256)
+
+
+def _cuda_unproven(call: Call) -> str | None:
+    return cuda_unproven("decode_attention", call.query.device)
+
+
+def _cuda_problem() -> str | None:
+    return cuda_problem("decode_attention_cuda")
+
+
 TABLE = Table(
     "decode_attention",
     [
         Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend(
+            "cuda",
+            _register("cuda") if _cuda_problem() is None else run_reference,
+            _cuda_problem,
+            _cuda_unsupported,
+            _cuda_unproven,
+        ),
         Backend("cpu", _register("cpu") if build_problem() is None else run_reference, build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import feature_maps, reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from ..feature_maps import FeatureMap
 from . import checks
 from . import linear_attention_operator as operator
@@ -78,7 +87,8 @@ def linear_attention(
         initial_state: (kv (B, Hq, Dφ, Dv), z (B, Hq, Dφ)) float32, what keys before these have left; may require grad.
         return_state: also return the state after the last key (key_lengths[b] or Sk), differentiable. Handing it on
             as initial_state continues a sequence where it was cut.
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, Hq, Sq, Dv) in the query's dtype and memory order, or packed (T, Hq, Dv); with return_state also
@@ -235,14 +245,14 @@ def _check_decay_values(decay: Tensor):
             raise ValueError(f"decay[{h}] is {rate}, must lie in (0, 1]")
 
 
-def kernel_runner(forward: Callable, twin: type) -> Callable[[Call], Tensor | tuple[Tensor, State]]:
-    """Runs a checked call on a registered operator: a map that kernels do not have is applied before it."""
+def kernel_runner(forward: Callable, twin: type, fused=feature_maps.FUSED) -> Callable:
+    """Runs a checked call on a registered operator: a map that kernels do not have (`fused`) is applied before it."""
 
     def run(call: Call):
         query, key, state = call.query, call.key, call.initial_state
         checks.refuse_forward_ad("linear_attention", query, key, call.value, call.decay, *(state or ()))
         feature_map = call.feature_map
-        if feature_map not in feature_maps.FUSED:
+        if feature_map not in fused:
             query, key = _apply_map(call)
             feature_map = "identity"
         arguments = (
@@ -332,6 +342,10 @@ def _triton_unsupported(call: Call) -> str | None:
             return "the GPU is older than sm_80"
     elif not (call.query.device.type == "cpu" and triton_interprets()):
         return f"tensors are on {call.query.device}, not on a GPU"
+    return _gpu_limits(call)
+
+
+def _gpu_limits(call: Call) -> str | None:
     if call.feature_map == "taylor" and call.query.shape[-1] > 15:
         return "taylor has 1 + D + D² features; at most 256 fit the kernels"
     if isinstance(call.feature_map, feature_maps.FavorPlus) and call.feature_map.num_features > 256:
@@ -361,6 +375,26 @@ def _triton_runner() -> Callable:
     return kernel_runner(*operator.register("triton"))
 
 
+def _cuda_unsupported(call: Call) -> str | None:
+    if call.decay is not None and call.decay.requires_grad and torch.is_grad_enabled():
+        return "decay requires grad, for which the CUDA kernels have no gradient"
+    return cuda_unsupported("linear_attention_cuda", call.query.device) or _gpu_limits(call)
+
+
+def _cuda_unproven(call: Call) -> str | None:
+    return cuda_unproven("linear_attention", call.query.device)
+
+
+def _cuda_problem() -> str | None:
+    return cuda_problem("linear_attention_cuda")
+
+
+def _cuda_runner() -> Callable:
+    if _cuda_problem() is not None:
+        return run_reference
+    return kernel_runner(*operator.register("cuda"), [name for name in feature_maps.FUSED if name != "softmax"])
+
+
 def _cpu_runner() -> Callable:
     return kernel_runner(*operator.register("cpu")) if build_problem() is None else run_reference
 
@@ -369,6 +403,7 @@ TABLE = Table(
     "linear_attention",
     [
         Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend("cuda", _cuda_runner(), _cuda_problem, _cuda_unsupported, _cuda_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from . import checks
 from . import rope_operator as operator
 
@@ -60,7 +69,8 @@ def apply_rope(
         interleaved: pairs are neighbours (2k, 2k + 1) (GPT-J); otherwise (k, k + R/2) (NeoX, LLaMA).
         inverse: rotates by the negative angles.
         inplace: rotates x itself and returns it. As with torch's own, a leaf that requires grad cannot be.
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         A tensor of x's shape and dtype, in its memory order; with inplace, x.
@@ -270,6 +280,22 @@ def _triton_runner() -> Callable:
     return kernel_runner(operator.register("triton"))
 
 
+def _cuda_unsupported(call: Call) -> str | None:
+    return cuda_unsupported("rope_cuda", call.tensors[0].device) or _kernel_limits(call)
+
+
+def _cuda_unproven(call: Call) -> str | None:
+    return cuda_unproven("apply_rope", call.tensors[0].device)
+
+
+def _cuda_problem() -> str | None:
+    return cuda_problem("rope_cuda")
+
+
+def _cuda_runner() -> Callable:
+    return kernel_runner(operator.register("cuda")) if _cuda_problem() is None else run_reference
+
+
 def _cpu_runner() -> Callable:
     return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
 
@@ -278,6 +304,7 @@ TABLE = Table(
     "apply_rope",
     [
         Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend("cuda", _cuda_runner(), _cuda_problem, _cuda_unsupported, _cuda_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],

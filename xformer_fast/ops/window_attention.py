@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from . import checks
 from . import window_operator as operator
 from .attention import _triton_unsupported
@@ -64,7 +73,8 @@ def window_attention(
         partition: "window", neighbours; or "grid" (MaxViT): window_size is the side of the grid, and tokens a distance
             of side / window_size apart attend to each other; shift must be 0.
         scale: default 1/sqrt(D).
-        backend: "cpu", "triton" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, *space, H, D of value), in query's memory order. Differentiable in every tensor.
@@ -224,6 +234,28 @@ def _triton_runner() -> Callable:
     return kernel_runner(operator.register("triton"))
 
 
+def _cuda_unsupported(call: Call) -> str | None:
+    if call.query.dtype == torch.float64:
+        return "float64 runs through the reference formula"
+    if max(call.query.shape[-1], call.value.shape[-1]) > 128:
+        return "head_dim is at most 128"
+    if math.prod(call.window) > 1024:
+        return "a window has at most 1024 tokens"
+    return cuda_unsupported("window_attention_cuda", call.query.device)
+
+
+def _cuda_unproven(call: Call) -> str | None:
+    return cuda_unproven("window_attention", call.query.device)
+
+
+def _cuda_problem() -> str | None:
+    return cuda_problem("window_attention_cuda")
+
+
+def _cuda_runner() -> Callable:
+    return kernel_runner(operator.register("cuda")) if _cuda_problem() is None else run_reference
+
+
 def _cpu_runner() -> Callable:
     return kernel_runner(operator.register("cpu")) if build_problem() is None else run_reference
 
@@ -232,6 +264,7 @@ TABLE = Table(
     "window_attention",
     [
         Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
+        Backend("cuda", _cuda_runner(), _cuda_problem, _cuda_unsupported, _cuda_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
