@@ -357,7 +357,7 @@ def test_info_names_every_backend():
         assert word in text
 
 
-def test_explain():
+def test_explain(monkeypatch):
     q = torch.randn(1, 2, 8, 16)
     text = xformer_fast.explain("attention", q, q, q, causal=True)
     assert "cpu runs this call" in text and "triton" in text
@@ -371,3 +371,6 @@ def test_explain():
         xformer_fast.explain("attention", q, q, q, colour="red")
     with pytest.raises(ValueError, match="head_dim"):
         xformer_fast.explain("attention", q, q[..., :3], q)
+    monkeypatch.setattr("xformer_fast.dispatch.DEFAULT", "reference")
+    text = xformer_fast.explain("attention", q, q, q)
+    assert "reference runs this call" in text and "XFORMER_FAST_BACKEND=reference" in text

@@ -66,7 +66,13 @@ class Table:
 
     def reasons(self, call) -> dict[str, str]:
         """Backend name -> why it is not chosen by default for this call, "" where nothing is against it."""
-        return {b.name: b.missing() or b.unsupported(call) or b.unproven(call) or "" for b in self.backends}
+        return {b.name: b.missing() or b.unsupported(call) or _passed_over(b, call) or "" for b in self.backends}
+
+
+def _passed_over(backend: Backend, call) -> str | None:
+    if DEFAULT is None:
+        return backend.unproven(call)
+    return None if backend.name == DEFAULT else f"XFORMER_FAST_BACKEND={DEFAULT} is set"
 
 
 @functools.cache
