@@ -11,19 +11,19 @@ PIP     := $(BIN)/pip --disable-pip-version-check -qq
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) setup.py pyproject.toml
 
-.PHONY: help bench test test-avx512 test-cuda lint bench-full examples wheel sanitize gpu-proof clean
+.PHONY: help bench test test-avx512 test-cuda lint bench-full models models-table examples wheel sanitize gpu-proof clean
 
 EXAMPLES := gpt bert digits sentence-encoder tuning in-context associative-recall lengths scaling
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, then fused against naive
+bench: $(VENV)/built  ## the main job: a pretrained encoder before and after the swap, fused against naive, whole models
 	$(PY) -m benchmarks.main_job --out bench-results
 
 test: $(VENV)/built lint  ## everything that runs without a GPU
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/timm $(PYTEST) tests/integrations/test_timm.py tests/models/test_timm_weights.py
+	PYTHONPATH=$(VENV)/timm $(PYTEST) -k timm tests/integrations/test_timm.py tests/integrations/test_models.py tests/models/test_timm_weights.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_triton.py
 
 lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from here)
@@ -32,6 +32,14 @@ lint: $(VENV)/installed  ## ruff (C++ warnings are errors in every build from he
 bench-full: $(VENV)/built  ## every case against every peer: the committed CSV and plots
 	$(PY) -m benchmarks.run --sweep --out benchmarks/results
 	$(PY) -m benchmarks.plot benchmarks/results
+
+models: $(VENV)/built  ## whole models before and after patch, about ten minutes: CSV and plot in benchmarks/results
+	$(PY) -m benchmarks.models --out benchmarks/results
+	$(PY) -m benchmarks.plot benchmarks/results
+
+models-table: $(VENV)/built  ## the models that patch is proved on, tested, into benchmarks/results/models.md
+	$(PY) -m pytest tests/integrations/test_models.py tests/integrations/test_torch_mha.py tests/integrations/test_peft.py --models-table benchmarks/results/models.md
+	PYTHONPATH=$(VENV)/timm $(PY) -m pytest tests/integrations/test_models.py -k timm --models-table benchmarks/results/models.md
 
 examples: $(VENV)/built  ## all training examples, one by one, into benchmarks/results/examples (or make example-gpt, -bert, ...)
 	@failed=; for name in $(EXAMPLES); do echo "== $$name"; $(MAKE) --no-print-directory example-$$name || failed="$$failed $$name"; done; \

@@ -167,9 +167,7 @@ def execute(args: argparse.Namespace) -> int:
         return 1
     if library == "own" and hasattr(model, "set_attn_implementation"):
         library = "transformers"
-    case = models.Case(
-        args.model, lambda: (model, inputs), shapes(inputs), "all", settings(model), library, args.mode
-    )
+    case = models.Case(args.model, lambda: (model, inputs), shapes(inputs), "all", settings(model), library, args.mode)
     out = csv_path(args.out, "compare", args.device)
     print(f"\n{models.HEAD}")
     start = time.monotonic()

@@ -215,8 +215,9 @@ def models_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = [["model", "input", "dtype", "mode", "ms", "x host's fastest", "ceiling", "reached"]]
     for row in rows:
         if row["peer"] == OURS and row["status"] == "ok":
-            told = [f"{row['ms']:.1f}", f"{row['vs_host']:.2f}", f"{row['ceiling']:.2f}", f"{row['of_ceiling']:.0%}"]
-            table.append([row["case"], row["input"], row["dtype"], row["mode"], *told])
+            told = (("ms", ".1f"), ("vs_host", ".2f"), ("ceiling", ".2f"), ("of_ceiling", ".0%"))
+            numbers = [format(row[name], form) if name in row else "-" for name, form in told]
+            table.append([row["case"], row["input"], row["dtype"], row["mode"], *numbers])
         elif row["peer"] == OURS:
             table.append([row["case"], row["input"], *(row.get(name, "") for name in ("dtype", "mode")), row["status"]])
     return table

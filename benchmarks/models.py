@@ -125,7 +125,9 @@ def timm_is_there() -> bool:
 _KEPT: list[torch.library.Library] = []  # a library's operators go with it
 
 _BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-_GPT2 = {"n_embd": 768, "n_head": 12, "vocab_size": 1000, "use_cache": False}
+_GPT2 = {
+    "n_embd": 768, "n_head": 12, "vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
+}  # fmt: skip
 _BLOOM = {"hidden_size": 1024, "n_head": 16, "vocab_size": 1000, "use_cache": False}
 _LLAMA = {
     "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816,
@@ -445,9 +447,7 @@ def line(rows: list[dict[str, Any]]) -> str:
     memory = " ".join("-" if m is None else f"{m:.0f} MiB" for m in memory)
     error = " ".join(f"{ours[k]:.0e}" for k in ("output_error", "gradient_error") if ours.get(k) is not None)
     ceiling = f"{ours['ceiling']:>8.2f}x{ours['of_ceiling']:>9.0%}" if "ceiling" in ours else f"{'-':>9}{'-':>9}"
-    return (
-        f"{text}{host['ms']:>7.1f} ms{ours['ms']:>7.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
-    )
+    return f"{text}{host['ms']:>7.1f} ms{ours['ms']:>7.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
 
 
 class ModelsCsv:

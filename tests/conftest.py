@@ -15,6 +15,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--models-table") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--models-table collects its rows in one process: leave -n out")
     config.stash[models_table.ROWS] = {}
 
 

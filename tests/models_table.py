@@ -11,7 +11,7 @@ ROWS = pytest.StashKey[dict]()
 LIBRARIES = ("transformers", "timm", "torch.nn", "peft")
 HEAD = ("library", "model", "attention modules", "tested with", "output error", "gradient error")
 INTRODUCTION = (
-    "Written by `pytest tests/integrations --models-table benchmarks/results/models.md`: small models with random "
+    "Written by `make models-table`, a test run: small models with random "
     "weights, float32, patched against unpatched. Errors are the largest of all inputs: of the output relative to the "
     "largest output (1e-4 is allowed), of each parameter's gradient relative to its largest entry (2e-3)."
 )

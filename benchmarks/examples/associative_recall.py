@@ -4,22 +4,23 @@
 
 A sequence shows `pairs` pairs (key, value), every key once, then asks for the keys again in another order; the model
 has to name each one's value. What a key means changes from sequence to sequence, so it must be looked up in context
-(Arora et al., "Zoology", 2024). The convolution before the mixer lets a value see the key in front of it. Accuracy is
-over the answers of fresh sequences; the tokens per second are of training steps, and the plot shows whatever comes out.
+(Arora et al., "Zoology", 2024). A convolution before each mixer lets a value see the key in front of it. The three
+models see the same batches in turn. Accuracy is over the answers of fresh sequences; the tokens per second are of
+training steps (median), and the plot shows whatever comes out.
 """
 
 from __future__ import annotations
 
-import functools
+import statistics
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import xformer_fast
+from xformer_fast.layers import Attention, FeedForward, Stack, TransformerLayer
 
-from .common import Run, Tables, curve, main, panels, synchronize
+from .common import Run, Tables, curve, main, panels, smoothed, synchronize
 
 KEYS, VALUES = 32, 32
 
@@ -36,9 +37,9 @@ class Sizes:
 SMOKE = Sizes(steps=20, pairs=4, batch=2, width=16)
 
 MIXERS = {
-    "softmax": functools.partial(xformer_fast.attention, causal=True),
-    "window of 16": functools.partial(xformer_fast.attention, causal=True, window=(15, 0)),
-    "linear (exp)": functools.partial(xformer_fast.linear_attention, feature_map="exp", causal=True),
+    "softmax": {},
+    "window of 16": {"window": (15, 0)},
+    "linear (exp)": {"mixer": "linear", "feature_map": "exp"},
 }
 
 
@@ -56,81 +57,81 @@ def sequences(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return tokens, targets
 
 
-class Layer(nn.Module):
-    def __init__(self, width: int, heads: int, mixer):
-        super().__init__()
-        self.heads, self.mixer = heads, mixer
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.before = nn.Conv1d(width, width, 2, groups=width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+class NeighbourAttention(Attention):
+    """Attention behind a convolution over each token and the one before it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norms[0](x)
-        y = y + self.before(F.pad(y.mT, (1, 0))).mT
-        q, k, v = self.qkv(y).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(self.mixer(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
+    def __init__(self, dim: int, num_heads: int, **options):
+        super().__init__(dim, num_heads, bias=False, **options)
+        self.before = nn.Conv1d(dim, dim, 2, groups=dim)
+
+    def forward(self, x: Tensor, **options) -> Tensor:
+        return super().forward(x + self.before(F.pad(x.mT, (1, 0))).mT, **options)
 
 
 class Model(nn.Module):
-    def __init__(self, mixer, width: int, heads: int):
+    def __init__(self, width: int, num_heads: int, **mixer):
         super().__init__()
-        self.embedding = nn.Embedding(KEYS + VALUES, width)
-        self.layers = nn.Sequential(*(Layer(width, heads, mixer) for _ in range(2)), nn.LayerNorm(width))
-        self.head = nn.Linear(width, KEYS + VALUES)
+        self.embed = nn.Embedding(KEYS + VALUES, width)
+        self.layers = Stack(
+            TransformerLayer(width, NeighbourAttention(width, num_heads, **mixer), FeedForward(width, 2 * width))
+            for _ in range(2)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, KEYS + VALUES)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.layers(self.embedding(tokens)))
+        return self.head(self.norm(self.layers(self.embed(tokens), causal=True)))
 
 
-def train(run: Run, name: str) -> tuple[list[dict], float]:
-    """Accuracy over the training, one row every 20 steps, and tokens per second."""
-    sizes = run.sizes
-    torch.manual_seed(0)
+def train(run: Run) -> list[dict]:
+    """One row a step and mixer: accuracy and seconds."""
+    sizes, models, optimizers, schedules, parts = run.sizes, {}, {}, {}, {}
+    for name, mixer in MIXERS.items():
+        torch.manual_seed(0)
+        models[name] = Model(sizes.width, sizes.num_heads, **mixer).to(run.device)
+        optimizers[name] = torch.optim.AdamW(models[name].parameters(), 3e-3, weight_decay=0.01)
+        schedules[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], 3e-3, total_steps=sizes.steps)
+        parts |= {f"model {name}": models[name], f"optimizer {name}": optimizers[name]}
+        parts |= {f"schedule {name}": schedules[name]}
     fresh = torch.Generator().manual_seed(1)
-    model = Model(MIXERS[name], sizes.width, sizes.num_heads).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=sizes.steps)
-    checkpoint = run.checkpoint(name, model=model, optimizer=optimizer, schedule=schedule, fresh=fresh)
+    checkpoint = run.checkpoint("recall", fresh=fresh, **parts)
     saved = checkpoint.load()
-    rows, seconds = saved.get("rows", []), saved.get("seconds", 0.0)
-    for step in run.steps(saved.get("step", 0), sizes.steps, name):
+    rows, order = saved.get("rows", []), list(models)
+    for step in run.steps(saved.get("step", 0), sizes.steps, "softmax, window, linear"):
         tokens, targets = (x.to(run.device) for x in sequences(sizes, fresh))
-        start = synchronize(run.device)
-        logits = model(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        seconds += synchronize(run.device) - start
-        if step % 20 == 19:  # every step's sequences are new
-            asked = targets >= 0
-            right = (logits.argmax(-1) == targets)[asked].float().mean().item()
-            rows.append({"mixer": name, "step": step + 1, "accuracy": right})
-        checkpoint.save(step=step + 1, rows=rows, seconds=seconds)
-    return rows, sizes.steps * 4 * sizes.pairs * sizes.batch / seconds
+        for name in order[step % len(order) :] + order[: step % len(order)]:
+            start = synchronize(run.device)
+            logits = models[name](tokens)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            schedules[name].step()
+            seconds = synchronize(run.device) - start
+            right = (logits.argmax(-1) == targets)[targets >= 0].float().mean().item()  # every step's are new
+            rows.append({"mixer": name, "step": step + 1, "accuracy": right, "seconds": seconds})
+        checkpoint.save(step=step + 1, rows=rows)
+    return rows
 
 
 def run(run: Run) -> None:
-    results, curves = [], []
+    sizes, rows, results = run.sizes, train(run), []
+    run.write(rows, "training")
     for name in MIXERS:
-        rows, speed = train(run, name)
-        last = [row["accuracy"] for row in rows[-5:]]
-        curves += rows
+        last = curve(rows, "step", "accuracy", mixer=name)[1][-sizes.steps // 10 :]
+        seconds = statistics.median(curve(rows, "step", "seconds", mixer=name)[1])
+        speed = 4 * sizes.pairs * sizes.batch / seconds
         results.append({"mixer": name, "accuracy": sum(last) / len(last), "tokens_per_second": speed})
-        run.write(curves, "training")
-        run.write(results)
         print(f"{name:<14} accuracy {results[-1]['accuracy']:.3f}   {speed:,.0f} tokens/s")
+    run.write(results)
 
 
 def draw(tables: Tables):
     results = tables[""]
     figure, (left, right) = panels(2)
     for row in results:
-        left.plot(*curve(tables["training"], "step", "accuracy", mixer=row["mixer"]), label=row["mixer"])
-    left.set(xlabel="training step", ylabel="accuracy of recall", ylim=(0, 1.02))
+        steps, accuracies = curve(tables["training"], "step", "accuracy", mixer=row["mixer"])
+        left.plot(steps, smoothed(accuracies, 20), label=row["mixer"])
+    left.set(xlabel="training step", ylabel="accuracy of recall (mean of 20 steps)", ylim=(0, 1.02))
     left.legend()
     right.barh([row["mixer"] for row in results], [row["tokens_per_second"] / 1e3 for row in results])
     right.set(xlabel="thousand tokens per second, training")

@@ -30,7 +30,8 @@ from ..measure import machine_facts
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "examples"
 WORK = RESULTS.parents[2] / "bench-results" / "examples"
-FACTS = ("date", "commit", "device", "torch")
+SMOKE = WORK.with_name("examples-smoke")  # takes the place of both: no numbers are lost to it, no run that goes on
+FACTS = ("date", "commit", "device", "python", "torch")  # Python, because its library is the text that is learned
 SECONDS_BETWEEN_CHECKPOINTS = 15.0
 
 Row = dict[str, Any]
@@ -113,13 +114,14 @@ def main(run: Callable[[Run], None], draw: Callable[[Tables], Any], sizes: Any, 
     path = Path(inspect.getfile(run))
     about = inspect.getmodule(run).__doc__
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables and the plot")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the checkpoints, empty after the run")
+    parser.add_argument("--out", type=Path, help=f"folder of the tables and the plot ({shown(RESULTS)})")
+    parser.add_argument("--work", type=Path, help=f"folder of the checkpoints, empty after the run ({shown(WORK)})")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: does it run?")
+    parser.add_argument("--smoke", action="store_true", help=f"seconds, not minutes: does it run? ({shown(SMOKE)})")
     args = parser.parse_args(argv)
     start = time.monotonic()
-    this = Run(path.stem, smoke if args.smoke else sizes, torch.device(args.device), args.out, args.work / path.stem)
+    out, work = args.out or (SMOKE if args.smoke else RESULTS), args.work or (SMOKE / "work" if args.smoke else WORK)
+    this = Run(path.stem, smoke if args.smoke else sizes, torch.device(args.device), out, work / path.stem)
     run(this)
     plot = this.out / f"{this.name}.png"
     save_plot(draw(this.tables()), this.facts, plot)
@@ -127,10 +129,15 @@ def main(run: Callable[[Run], None], draw: Callable[[Tables], Any], sizes: Any, 
     print(f"{time.monotonic() - start:.0f} s; {plot}")
 
 
+def shown(folder: Path) -> str:
+    return folder.relative_to(RESULTS.parents[2]).as_posix()
+
+
 def save_plot(figure, facts: Row, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    about = f"{facts['device']} · torch {facts['torch']} · {facts['commit']} · {facts['date'][:10]}"
+    versions = f"Python {facts['python']}, torch {facts['torch']}"
+    about = " · ".join((facts["device"], versions, facts["commit"], facts["date"][:10]))
     figure.supxlabel(about, fontsize=7.5, color="#555555")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -5,7 +5,8 @@
 Two tasks. "functions": the pretrained sentence encoder of `sentence_encoder`, its weights in this package's BERT,
 learns to find functions by their descriptions; quality is recall at 10. "digits": this package's ViT, trained on the
 digits 0 to 4, learns 5 to 9 with a new head; quality is accuracy on test images. Every method of a task gets the same
-batches and steps. Learning rates are usual ones, not searched for.
+batches and steps. Learning rates are usual ones, not searched for. Memory is what training adds to the weights at its
+peak: activations, gradients, and what AdamW keeps.
 """
 
 from __future__ import annotations
@@ -171,9 +172,12 @@ def tune(run: Run, task: Task, method: str) -> dict:
         schedule.step()
     quality = task.quality(model)
     optimizer.zero_grad()
+    kept = sum(x.nbytes for state in optimizer.state.values() for x in state.values()) / 2**20
+    peak = measure.peak_memory_mib(step, run.device.type)
     return row | {
         "seconds_a_step": statistics.median(seconds),
-        "peak_memory_mib": measure.peak_memory_mib(step, run.device.type),
+        "optimizer_mib": kept,
+        "peak_memory_mib": peak if peak is None else kept + peak,
         "quality": quality,
     }
 

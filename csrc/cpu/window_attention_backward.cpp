@@ -20,7 +20,7 @@ namespace {
 struct BackwardPlan : WindowPlan {
   WindowAttentionGrad grad;
   float* bias_sums;   // [chunk][head][key][query], null: not wanted
-  float* scale_sums;  // [chunk][head]
+  double* scale_sums;  // [chunk][head]; many terms that cancel
 };
 
 // C (rows x columns) (+)= A B, columns whole vectors.
@@ -35,21 +35,27 @@ void wide_product(int64_t rows, int64_t columns, int64_t depth, const float* a, 
 // From weights and dP of a tile: P and dS (times the norms), and the sum of dS.
 template <int V>
 XF_NOINLINE void score_gradients(const WindowScores& t, const float* sum, float* grad, const float* lane_norm, float* bias_sums) {
-  Vec inverse[V], delta[V], norm[V];
+  Vec inverse[V], delta[V], norm[V], run[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     inverse[v] = 1.f / load(sum + v * kLanes);
     delta[v] = zero();
     norm[v] = t.row_scale ? load(lane_norm + v * kLanes) : broadcast(1.f);
   }
-  for (int64_t r = 0; r < t.rows; ++r)
+  for (int64_t first = 0; first < t.rows; first += kSumRows) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* s = t.scores + r * t.ld + v * kLanes;
-      const Vec p = load(s) * inverse[v];
-      store(s, p);
-      delta[v] += p * load(grad + r * t.ld + v * kLanes);
-    }
+    for (int v = 0; v < V; ++v) run[v] = zero();
+    for (int64_t r = first; r < min_of(first + kSumRows, t.rows); ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* s = t.scores + r * t.ld + v * kLanes;
+        const Vec p = load(s) * inverse[v];
+        store(s, p);
+        run[v] += p * load(grad + r * t.ld + v * kLanes);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) delta[v] += run[v];
+  }
   for (int64_t r = 0; r < t.rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -75,8 +81,8 @@ void score_gradients(int vectors, const WindowScores& t, const float* sum, float
 }
 
 // Takes from each row of `grad` its part along the same row x, as x / |x| asks, and returns the sum of x . grad.
-float remove_radial_part(const float* x, const float* inverse_norm, int64_t rows, int64_t width, float* grad) {
-  float sum = 0.f;
+double remove_radial_part(const float* x, const float* inverse_norm, int64_t rows, int64_t width, float* grad) {
+  double sum = 0.;
   for (int64_t r = 0; r < rows; ++r, x += width, grad += width) {
     Vec products = zero();
     for (int64_t c = 0; c < width; c += kLanes) products += load(x + c) * load(grad + c);
@@ -138,7 +144,7 @@ class WindowBackward {
     for (int64_t t = 0; t < cut.tiles; ++t) tile(h, cut.first(t) * kLanes, int(cut.first(t + 1) - cut.first(t)));
 
     if (a_.logit_scale) {
-      const float sum = remove_radial_part(query_, query_norm_, n, p_.width, grad_query_);
+      const double sum = remove_radial_part(query_, query_norm_, n, p_.width, grad_query_);
       remove_radial_part(key_, key_norm_, n, p_.width, grad_key_);
       if (p_.scale_sums) p_.scale_sums[chunk_ * a_.heads + h] += sum;
     }
@@ -183,7 +189,7 @@ void backward_task(void* context, int64_t task, char* scratch) {
   if (plan.bias_sums)
     __builtin_memset(plan.bias_sums + (chunk * heads + first) * plan.bias_head(), 0,
                      size_t((last - first) * plan.bias_head()) * sizeof(float));
-  if (plan.scale_sums) __builtin_memset(plan.scale_sums + chunk * heads + first, 0, size_t(last - first) * sizeof(float));
+  if (plan.scale_sums) __builtin_memset(plan.scale_sums + chunk * heads + first, 0, size_t(last - first) * sizeof(double));
   WindowBackward<T> backward(plan, chunk, scratch);
   for (int64_t w = plan.first_window(chunk); w < plan.first_window(chunk + 1); ++w)
     backward.window(place_of(plan, w), first, last);
@@ -206,18 +212,20 @@ void reduce_head(void* context, int64_t head, char*) {
       }
   }
   if (plan.scale_sums) {
-    float sum = 0.f;
+    double sum = 0.;
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) sum += plan.scale_sums[chunk * a.heads + head];
-    plan.grad.grad_logit_scale[head] = sum;
+    plan.grad.grad_logit_scale[head] = float(sum);
   }
 }
 
 template <class T>
 void backward_of(const WindowAttention& a, const WindowAttentionGrad& grad, const Pool& pool) {
   BackwardPlan plan{plan_windows(a, kLanes, pool), grad, nullptr, nullptr};
-  const auto floats = [&](int64_t n) { return static_cast<float*>(pool.allocate(pool.self, size_t(n) * sizeof(float))); };
-  if (grad.grad_table || grad.grad_bias) plan.bias_sums = floats(plan.chunks * a.heads * plan.bias_head());
-  if (grad.grad_logit_scale) plan.scale_sums = floats(plan.chunks * a.heads);
+  const auto allocate = [&](int64_t n, size_t size) { return pool.allocate(pool.self, size_t(n) * size); };
+  const int64_t sums = plan.chunks * a.heads;
+  if (grad.grad_table || grad.grad_bias)
+    plan.bias_sums = static_cast<float*>(allocate(sums * plan.bias_head(), sizeof(float)));
+  if (grad.grad_logit_scale) plan.scale_sums = static_cast<double*>(allocate(sums, sizeof(double)));
   pool.run(plan.chunks * plan.head_groups, backward_task<T>, &plan, WindowBackward<T>::bytes(plan));
   if (plan.bias_sums || plan.scale_sums) pool.run(a.heads, reduce_head, &plan, 0);
 }

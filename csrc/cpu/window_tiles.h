@@ -191,21 +191,31 @@ XF_INLINE void make_exponents(const WindowScores& t, Vec (&top)[V]) {
   }
 }
 
+// Sums over rows are added up in runs of so many: one after the other, every small weight past a large one would cost a
+// rounding of the large one, and where one key has nearly all the weight the gradient is their small difference from 1.
+constexpr int64_t kSumRows = 8;
+
 // scores <- weights, not normalised; sum[lane] is what normalises them.
 template <int V>
 XF_NOINLINE void softmax_columns(const WindowScores& t, float* sum) {
-  Vec top[V], sums[V];
+  Vec top[V], sums[V], run[V];
   make_exponents<V>(t, top);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sums[v] = zero();
   float* s = t.scores;
-  for (int64_t r = 0; r < t.rows; ++r, s += t.ld)
+  for (int64_t first = 0; first < t.rows; first += kSumRows) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec p = exp2(load(s + v * kLanes) - top[v]);
-      store(s + v * kLanes, p);
-      sums[v] += p;
-    }
+    for (int v = 0; v < V; ++v) run[v] = zero();
+    for (int64_t r = first; r < min_of(first + kSumRows, t.rows); ++r, s += t.ld)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec p = exp2(load(s + v * kLanes) - top[v]);
+        store(s + v * kLanes, p);
+        run[v] += p;
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[v] += run[v];
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(sum + v * kLanes, sums[v]);
 }

@@ -1,6 +1,6 @@
 """Builds csrc/cuda for the emulated device: build/cuda_emulation/libemulated.so. Needs g++ and ninja, no CUDA.
 
-    python -m tests.cuda_emulation.build
+python -m tests.cuda_emulation.build
 """
 
 import fcntl

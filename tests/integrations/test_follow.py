@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from host_models import check_autocast, check_equal, check_life
+from host_models import check_autocast, check_equal
 from model_list import MODELS, ids, result
 from torch import nn
 
@@ -407,16 +407,11 @@ def test_a_bias_of_more_than_distance_is_left():
 # Models
 
 
-def twins(name):
-    model = MODELS[name].build()
+def twins(name, changes=()):
+    model = dataclasses.replace(MODELS[name], arguments=MODELS[name].arguments | dict(changes)).build()
     patched = copy.deepcopy(model)
     xformer_fast.patch(patched)
     return model, patched, next(iter(MODELS[name].cases().values()))
-
-
-@pytest.mark.parametrize("name", ["bloom", "mpt", "swinv2", "cvt", "t5", "longformer", "sam_vision"])
-def test_life(name):
-    check_life(*twins(name))
 
 
 @pytest.mark.parametrize("name", ["bloom", "swinv2", "t5"])
@@ -436,9 +431,14 @@ def test_gradient_checkpointing(name, reentrant):
     check_equal(reference, patched, run)
 
 
-@pytest.mark.parametrize("name", ["bloom", "swinv2", "t5"])
+ONE_LAYER = {
+    "bloom": {"n_layer": 1}, "swinv2": {"depths": [2], "num_heads": [2]}, "t5": {"num_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
 def test_compile(name):
-    reference, patched, run = twins(name)
+    reference, patched, run = twins(name, ONE_LAYER[name])
     torch._dynamo.reset()
     compiled = torch.compile(patched, fullgraph=True, backend="eager")
     with torch.no_grad():

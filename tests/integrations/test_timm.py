@@ -114,9 +114,10 @@ def test_compile(name):
     reference, patched = twins(build(name, ONE_STAGE[name]))
     compiled = torch.compile(patched, fullgraph=True, backend="eager")
     x = images(name)
-    check_close(reference, compiled, lambda model: model(x))
-    for model in (reference, compiled):
-        model(x).square().sum().backward()
+    out, expected = compiled(x), reference(x)
+    assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for result in (out, expected):
+        result.square().sum().backward()
     for ours, theirs in zip(patched.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-4)
 

@@ -246,15 +246,13 @@ def test_compile(training):
     compiled = torch.compile(patched, fullgraph=True, dynamic=True, backend="aot_eager")
     src, hidden = inputs(True, "self")[0], masks(None, True, LEN_Q, LEN_Q)["key_padding_mask"]
 
-    def run(model):
-        return model(src, src_key_padding_mask=hidden)
-
-    with torch.no_grad():
-        torch.testing.assert_close(run(compiled)[~hidden], run(reference)[~hidden], rtol=0, atol=1e-4)
+    with torch.set_grad_enabled(training):
+        out, expected = (model(src, src_key_padding_mask=hidden) for model in (compiled, reference))
+    torch.testing.assert_close(out[~hidden], expected[~hidden], rtol=0, atol=1e-4)
     if not training:
         return
-    run(reference).square().sum().backward()
-    run(compiled).square().sum().backward()
+    for result in (out, expected):
+        result.square().sum().backward()
     for ours, theirs in zip(patched.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-4)
 

@@ -338,7 +338,7 @@ BAD = {
     "positions_negative": ((X, COS, COS), {"positions": torch.arange(9) - 1}, ValueError, r"must lie in 0\.\.19"),
     "sections": ((X, COS, COS), {"sections": (3, 4)}, ValueError, "sections must sum to R/2 = 8"),
     "device": ((X, COS.to("meta"), COS), {}, ValueError, "cos is on meta, x on cpu"),
-    "backend": ((X, COS, COS), {"backend": "cuda"}, ValueError, "backend must be one of"),
+    "backend": ((X, COS, COS), {"backend": "abacus"}, ValueError, "backend must be one of"),
 }  # fmt: skip
 
 

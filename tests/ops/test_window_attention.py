@@ -29,6 +29,14 @@ def test_random_calls(isa, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("seed", [2040, 3882, 3915, 4710])
+def test_gradients_that_cancel(isa, seed):
+    """Draws in which sums one number after the other lose too much: of a row's weights, of the logit scale's terms."""
+    case = draw(seed, torch.float32)
+    compare(case, evaluate(case, on_backend("cpu")), isa)
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_windows(isa, dtype):
     """More queries than a tile holds, shifted, with the gradient of the table."""

@@ -41,10 +41,11 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     """Runs the attention of `model` on `xformer_fast.attention`; parameters, names and state_dict stay as they are.
 
     Anywhere inside `model` are switched: models of transformers that go through its `AttentionInterface` (results stay
-    those of the "sdpa" implementation, or "eager" where sdpa lacks an option), modules of timm and transformers that
-    call scaled_dot_product_attention, and torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend`
-    holds for this model alone; None takes the default of each call. Where that default would be `reference` on a GPU a
-    module is left as it was. Patching again, say with another backend, is fine.
+    those of the "sdpa" implementation, or "eager" where sdpa lacks an option); modules of timm and transformers that
+    call scaled_dot_product_attention or compute their scores themselves, and blocks of theirs that cut maps into
+    windows; torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend` holds for this model alone;
+    None takes the default of each call. Where that default would be `reference` on a GPU a module is left as it was.
+    Patching again, say with another backend, is fine.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.

@@ -15,63 +15,68 @@ from ..frontends import ChannelsFirst, PatchEmbedding, perceptron
 from ..layers import Attention, FeedForward, Residual, Stack, TransformerLayer, init_weights
 from ..ops.attention import attention as fused_attention
 
-NAMES = {  # of a SamModel
-    "shared_image_embedding.positional_embedding": "prompts.places.frequencies",
-    "prompt_encoder.shared_embedding.positional_embedding": None,  # the same
-    "prompt_encoder.point_embed.*.weight": "prompts.kinds.*",
-    "prompt_encoder.not_a_point_embed.weight": "prompts.no_point",
-    "prompt_encoder.no_mask_embed.weight": "prompts.no_mask",
-    "vision_encoder.pos_embed": "encoder.places",
-    "vision_encoder.layers.*.attn.rel_pos_h": "encoder.layers.*.mixer.branch.mixer.rows",
-    "vision_encoder.layers.*.attn.rel_pos_w": "encoder.layers.*.mixer.branch.mixer.columns",
-    "vision_encoder.layers.*.attn.qkv.*": tuple(
-        f"encoder.layers.*.mixer.branch.{part}.*" for part in ("query", "key", "value")
-    ),
-    "mask_decoder.iou_token.weight": "decoder.score_token",
-    "mask_decoder.mask_tokens.weight": "decoder.mask_tokens",
-} | {
-    f"{theirs}.*": f"{ours}.*"
-    for theirs, ours in {
-        "vision_encoder.patch_embed.projection": "encoder.patches.projection",
-        "vision_encoder.layers.*.layer_norm1": "encoder.layers.*.mixer.norm",
-        "vision_encoder.layers.*.attn.proj": "encoder.layers.*.mixer.branch.out",
-        "vision_encoder.layers.*.layer_norm2": "encoder.layers.*.feed_forward.norm",
-        "vision_encoder.layers.*.mlp.lin1": "encoder.layers.*.feed_forward.branch.up",
-        "vision_encoder.layers.*.mlp.lin2": "encoder.layers.*.feed_forward.branch.down",
-        "vision_encoder.neck.conv1": "encoder.neck.0.0",
-        "vision_encoder.neck.layer_norm1": "encoder.neck.1",
-        "vision_encoder.neck.conv2": "encoder.neck.2.0",
-        "vision_encoder.neck.layer_norm2": "encoder.neck.3",
-        "prompt_encoder.mask_embed.conv1": "prompts.masks.0.0",
-        "prompt_encoder.mask_embed.layer_norm1": "prompts.masks.1",
-        "prompt_encoder.mask_embed.conv2": "prompts.masks.3.0",
-        "prompt_encoder.mask_embed.layer_norm2": "prompts.masks.4",
-        "prompt_encoder.mask_embed.conv3": "prompts.masks.6.0",
-        "mask_decoder.transformer.layers.*.layer_norm1": "decoder.layers.*.tokens_to_tokens.norm",
-        "mask_decoder.transformer.layers.*.layer_norm2": "decoder.layers.*.tokens_to_image.norm",
-        "mask_decoder.transformer.layers.*.mlp.lin1": "decoder.layers.*.feed_forward.branch.up",
-        "mask_decoder.transformer.layers.*.mlp.lin2": "decoder.layers.*.feed_forward.branch.down",
-        "mask_decoder.transformer.layers.*.layer_norm3": "decoder.layers.*.feed_forward.norm",
-        "mask_decoder.transformer.layers.*.layer_norm4": "decoder.layers.*.image_to_tokens.norm",
-        "mask_decoder.transformer.layer_norm_final_attn": "decoder.last.norm",
-        "mask_decoder.upscale_conv1": "decoder.upscale.0.0",
-        "mask_decoder.upscale_layer_norm": "decoder.upscale.1",
-        "mask_decoder.upscale_conv2": "decoder.upscale.3.0",
-    }.items()
-} | {
-    f"mask_decoder.transformer.{theirs}.{part}.*": f"decoder.{ours}.branch.{name}.*"
-    for theirs, ours in {
-        "layers.*.self_attn": "layers.*.tokens_to_tokens",
-        "layers.*.cross_attn_token_to_image": "layers.*.tokens_to_image",
-        "layers.*.cross_attn_image_to_token": "layers.*.image_to_tokens",
-        "final_attn_token_to_image": "last",
-    }.items()
-    for part, name in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items()
-} | {
-    f"mask_decoder.{theirs}.{part}.*": f"decoder.{ours}.{place}.*"
-    for theirs, ours in {"output_hypernetworks_mlps.*": "mask_heads.*", "iou_prediction_head": "score_head"}.items()
-    for part, place in {"proj_in": 0, "layers.0": 2, "proj_out": 4}.items()
-}
+NAMES = (
+    {  # of a SamModel
+        "shared_image_embedding.positional_embedding": "prompts.places.frequencies",
+        "prompt_encoder.shared_embedding.positional_embedding": None,  # the same
+        "prompt_encoder.point_embed.*.weight": "prompts.kinds.*",
+        "prompt_encoder.not_a_point_embed.weight": "prompts.no_point",
+        "prompt_encoder.no_mask_embed.weight": "prompts.no_mask",
+        "vision_encoder.pos_embed": "encoder.places",
+        "vision_encoder.layers.*.attn.rel_pos_h": "encoder.layers.*.mixer.branch.mixer.rows",
+        "vision_encoder.layers.*.attn.rel_pos_w": "encoder.layers.*.mixer.branch.mixer.columns",
+        "vision_encoder.layers.*.attn.qkv.*": tuple(
+            f"encoder.layers.*.mixer.branch.{part}.*" for part in ("query", "key", "value")
+        ),
+        "mask_decoder.iou_token.weight": "decoder.score_token",
+        "mask_decoder.mask_tokens.weight": "decoder.mask_tokens",
+    }
+    | {
+        f"{theirs}.*": f"{ours}.*"
+        for theirs, ours in {
+            "vision_encoder.patch_embed.projection": "encoder.patches.projection",
+            "vision_encoder.layers.*.layer_norm1": "encoder.layers.*.mixer.norm",
+            "vision_encoder.layers.*.attn.proj": "encoder.layers.*.mixer.branch.out",
+            "vision_encoder.layers.*.layer_norm2": "encoder.layers.*.feed_forward.norm",
+            "vision_encoder.layers.*.mlp.lin1": "encoder.layers.*.feed_forward.branch.up",
+            "vision_encoder.layers.*.mlp.lin2": "encoder.layers.*.feed_forward.branch.down",
+            "vision_encoder.neck.conv1": "encoder.neck.0.0",
+            "vision_encoder.neck.layer_norm1": "encoder.neck.1",
+            "vision_encoder.neck.conv2": "encoder.neck.2.0",
+            "vision_encoder.neck.layer_norm2": "encoder.neck.3",
+            "prompt_encoder.mask_embed.conv1": "prompts.masks.0.0",
+            "prompt_encoder.mask_embed.layer_norm1": "prompts.masks.1",
+            "prompt_encoder.mask_embed.conv2": "prompts.masks.3.0",
+            "prompt_encoder.mask_embed.layer_norm2": "prompts.masks.4",
+            "prompt_encoder.mask_embed.conv3": "prompts.masks.6.0",
+            "mask_decoder.transformer.layers.*.layer_norm1": "decoder.layers.*.tokens_to_tokens.norm",
+            "mask_decoder.transformer.layers.*.layer_norm2": "decoder.layers.*.tokens_to_image.norm",
+            "mask_decoder.transformer.layers.*.mlp.lin1": "decoder.layers.*.feed_forward.branch.up",
+            "mask_decoder.transformer.layers.*.mlp.lin2": "decoder.layers.*.feed_forward.branch.down",
+            "mask_decoder.transformer.layers.*.layer_norm3": "decoder.layers.*.feed_forward.norm",
+            "mask_decoder.transformer.layers.*.layer_norm4": "decoder.layers.*.image_to_tokens.norm",
+            "mask_decoder.transformer.layer_norm_final_attn": "decoder.last.norm",
+            "mask_decoder.upscale_conv1": "decoder.upscale.0.0",
+            "mask_decoder.upscale_layer_norm": "decoder.upscale.1",
+            "mask_decoder.upscale_conv2": "decoder.upscale.3.0",
+        }.items()
+    }
+    | {
+        f"mask_decoder.transformer.{theirs}.{part}.*": f"decoder.{ours}.branch.{name}.*"
+        for theirs, ours in {
+            "layers.*.self_attn": "layers.*.tokens_to_tokens",
+            "layers.*.cross_attn_token_to_image": "layers.*.tokens_to_image",
+            "layers.*.cross_attn_image_to_token": "layers.*.image_to_tokens",
+            "final_attn_token_to_image": "last",
+        }.items()
+        for part, name in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}.items()
+    }
+    | {
+        f"mask_decoder.{theirs}.{part}.*": f"decoder.{ours}.{place}.*"
+        for theirs, ours in {"output_hypernetworks_mlps.*": "mask_heads.*", "iou_prediction_head": "score_head"}.items()
+        for part, place in {"proj_in": 0, "layers.0": 2, "proj_out": 4}.items()
+    }
+)
 
 
 class DecomposedMixer(nn.Module):

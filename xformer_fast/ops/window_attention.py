@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, cuda_problem, cuda_unproven, cuda_unsupported
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    cuda_problem,
+    cuda_unproven,
+    cuda_unsupported,
+    proven,
+    triton_problem,
+)
 from . import checks
 from . import window_operator as operator
+from .attention import _triton_unsupported
 
 
 @dataclass(slots=True)
@@ -63,7 +73,8 @@ def window_attention(
         partition: "window", neighbours; or "grid" (MaxViT): window_size is the side of the grid, and tokens a distance
             of side / window_size apart attend to each other; shift must be 0.
         scale: default 1/sqrt(D).
-        backend: "cpu", "cuda" or "reference"; None takes the first that supports the call (`xformer_fast.explain`).
+        backend: "cpu", "triton", "cuda" or "reference"; None takes the first that supports the call
+            (`xformer_fast.explain`).
 
     Returns:
         (B, *space, H, D of value), in query's memory order. Differentiable in every tensor.
@@ -201,6 +212,28 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
+def _triton_unproven(call: Call) -> str | None:
+    if call.query.device.type == "cpu":
+        return "the interpreter is for tests"
+    return None if "window_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+
+
+def _triton_runner() -> Callable:
+    def forward(*arguments):
+        from ..kernels import window_attention as kernels
+
+        return kernels.forward(*arguments)
+
+    def backward(*arguments):
+        from ..kernels import window_attention_backward as kernels
+
+        return kernels.backward(*arguments)
+
+    keys = ("CUDA", "CPU") if triton_problem() is None else ("CUDA",)
+    operator.define("triton", forward, backward, keys)
+    return kernel_runner(operator.register("triton"))
+
+
 def _cuda_unsupported(call: Call) -> str | None:
     if call.query.dtype == torch.float64:
         return "float64 runs through the reference formula"
@@ -230,6 +263,7 @@ def _cpu_runner() -> Callable:
 TABLE = Table(
     "window_attention",
     [
+        Backend("triton", _triton_runner(), triton_problem, _triton_unsupported, _triton_unproven),
         Backend("cuda", _cuda_runner(), _cuda_problem, _cuda_unsupported, _cuda_unproven),
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),

@@ -12,8 +12,24 @@ from .. import reference
 from .attention_operator import Operator, _twin
 
 OPTIONS = "Tensor? table, Tensor? bias, Tensor? logit_scale, int[] window, int[] shift, bool grid, float scale"
+FORWARD_SCHEMA = f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> Tensor"
+BACKWARD_SCHEMA = (
+    f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, {OPTIONS}, bool need_table_grad, bool need_bias_grad, "
+    "bool need_scale_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _LIBRARY = torch.library.Library("xformer_fast", "FRAGMENT")
 _TENSORS = 6  # of the forward: query, key, value, table, bias, logit_scale
+
+
+def define(backend: str, forward, backward, keys):
+    """Defines the pair for a backend whose kernels are launched from Python (C++ defines its own)."""
+    for name, schema, function in (
+        (f"window_attention_{backend}", FORWARD_SCHEMA, forward),
+        (f"window_attention_{backend}_backward", BACKWARD_SCHEMA, backward),
+    ):
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in keys:
+            _LIBRARY.impl(name, function, key)
 
 
 def register(backend: str) -> Operator:
