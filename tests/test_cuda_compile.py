@@ -1,6 +1,6 @@
 """Compiles the CUDA C++ kernels for every GPU target, where nvcc is: no warnings, no spills, 16-byte accesses.
 
-Tiles of float32 may spill up to 40 registers' worth: 3xTF32 holds every number twice, at the limit of 255 registers.
+Tiles of float32 may spill up to 64 registers' worth: 3xTF32 holds every number twice, at the limit of 255 registers.
 """
 
 import re
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
 TARGETS = {"80": "sm_80,compute_80", "89": "sm_89", "90a": "sm_90a"}  # as in setup.py
-FEW_BYTES = 160  # of stack, of spill stores, of spill loads
+FEW_BYTES = 256  # of stack, of spill stores, of spill loads
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
 
 pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc")
@@ -31,7 +31,7 @@ def test_compiles_without_spills(source, tmp_path):
     gencode = [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in TARGETS.items()]
     command = [NVCC, "-c", "-std=c++17", "-O3", "-Xptxas", "-v", "--Werror", "all-warnings", "-keep", *gencode, source]
     done = subprocess.run(
-        [*command, "-o", tmp_path / "kernel.o"], cwd=tmp_path, capture_output=True, text=True, timeout=1800
+        [*command, "-o", tmp_path / "kernel.o"], cwd=tmp_path, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr
     entries = re.findall(r"Compiling entry function '(\S+)' for '(\w+)'", done.stderr)
