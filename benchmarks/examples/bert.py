@@ -27,7 +27,7 @@ SHOWN = ["Return a [MASK] of the names in the current scope.", "Raise an excepti
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 700
+    steps: int = 400
     batch: int = 32
     longest: int = 128
     vocabulary: int = 4096

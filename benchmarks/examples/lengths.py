@@ -26,7 +26,7 @@ SCHEMES = ("sinusoidal", "rope", "alibi", "t5")
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 500
+    steps: int = 300
     batch: int = 32
     length: int = 128
     test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)

@@ -33,7 +33,7 @@ TEXT = "Return the value of an object, a list of names, or None if there is none
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 120
+    steps: int = 80
     batch: int = 40
     longest: int = 48  # tokens
     prefix: int = 8

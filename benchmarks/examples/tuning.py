@@ -40,13 +40,13 @@ FULL_LR = 1e-4
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 40
+    steps: int = 30
     batch: int = 24
     longest: int = 48
     temperature: float = 0.05
     tested: int = 600
     digit_steps: int = 100
-    first_steps: int = 300
+    first_steps: int = 200
     vit: tuple[int, int, int] = (64, 4, 4)  # dim, depth, heads
     images: int | None = None
 
