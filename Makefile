@@ -57,7 +57,7 @@ test-avx512: $(VENV)/installed  ## the kernels of AVX-512 and AVX-512-BF16, by e
 
 test-cuda: $(VENV)/built  ## the CUDA C++ kernels on an emulated device, which needs no CUDA; and compiled, where nvcc is
 	$(PY) -m tests.cuda_emulation.build
-	$(PYTEST) -p tests.cuda_emulation.plugin tests/test_cuda_*.py tests/ops/test_*_cuda.py
+	$(PYTEST) --dist worksteal -p tests.cuda_emulation.plugin tests/test_cuda_*.py tests/ops/test_*_cuda.py
 
 sanitize: $(VENV)/installed  ## 2,000 random calls of the C++ kernels under AddressSanitizer and UBSan
 	tests/sanitize/run.sh

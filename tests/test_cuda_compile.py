@@ -1,6 +1,6 @@
 """Compiles the CUDA C++ kernels for every GPU target, where nvcc is: no warnings, no spills, 16-byte accesses.
 
-Tiles of float32 may spill up to 64 registers' worth: 3xTF32 holds every number twice, at the limit of 255 registers.
+Tiles of float32 may spill up to 32 registers: 3xTF32 holds every number twice, at the limit of 255 registers.
 """
 
 import re
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
 TARGETS = {"80": "sm_80,compute_80", "89": "sm_89", "90a": "sm_90a"}  # as in setup.py
-FEW_BYTES = 256  # of stack, of spill stores, of spill loads
+FEW_BYTES = 128  # of stack
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
 
 pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc")
@@ -39,8 +39,8 @@ def test_compiles_without_spills(source, tmp_path):
     assert len(entries) == len(usage) > 0 and {arch for _, arch in entries} == {f"sm_{arch}" for arch in TARGETS}
     numbers_of = {entry: [int(n) for n in numbers] for entry, numbers in zip(entries, usage, strict=True)}
     for (name, arch), numbers in numbers_of.items():
-        most = FEW_BYTES if "ShapeIf" in name else 0
-        assert max(numbers) <= most, f"{name} on {arch} spills {numbers}"
+        fine = numbers[0] <= FEW_BYTES if "ShapeIf" in name else not any(numbers)
+        assert fine, f"{name} on {arch} spills {numbers}"
 
     text = next(tmp_path.glob("*compute_80*.ptx")).read_text()
     assert re.search(r"ld\.\S*v4\.[ubf]\S+|cp\.async\.cg\.shared\.global", text)
