@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from .cpu_peers import OnnxRuntime, OpenVino, Zentorch
 from .naive import naive_attention
 from .op import MODES, Op, Work
-from .peers import attention_peers
+from .peers import SDPA, Flex, Naive, Peer, SDPAChunks
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,14 @@ def _attention_tail(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     return inputs | {name: inputs[name][..., -rows:, :] for name in per_query}
 
 
+def _peers(device: str) -> list[Peer]:
+    """Every peer of softmax attention that could be asked on this device type."""
+    peers: list[Peer] = [Naive(), Naive(compiled=True), SDPA(), SDPA("flash"), SDPA("math"), SDPAChunks(), Flex()]
+    if device == "cpu":
+        return [*peers, OpenVino(), OnnxRuntime(), Zentorch()]
+    return [*peers, SDPA("efficient"), SDPA("cudnn")]
+
+
 ATTENTION = Op(
     cases=_ATTENTION_CPU + tuple(_attention_gpu()),
     inputs=_attention_inputs,
@@ -204,5 +213,5 @@ ATTENTION = Op(
     parts=_attention_parts,
     tail=_attention_tail,
     naive=naive_attention,
-    peers=attention_peers,
+    peers=_peers,
 )

@@ -220,13 +220,3 @@ class Flex(Peer):
             compiled, query, key, value, modified, block_mask, enable_gqa=case.heads != case.heads_kv
         )
         return Prepared(call, context=donate_nothing)
-
-
-def attention_peers(device: str) -> list[Peer]:
-    """Every peer of softmax attention that could be asked on this device type."""
-    from .cpu_peers import OnnxRuntime, OpenVino, Zentorch
-
-    peers: list[Peer] = [Naive(), Naive(compiled=True), SDPA(), SDPA("flash"), SDPA("math"), SDPAChunks(), Flex()]
-    if device == "cpu":
-        return [*peers, OpenVino(), OnnxRuntime(), Zentorch()]
-    return [*peers, SDPA("efficient"), SDPA("cudnn")]
