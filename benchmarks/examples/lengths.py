@@ -27,7 +27,7 @@ SCHEMES = ("sinusoidal", "rope", "alibi", "t5")
 @dataclass(frozen=True)
 class Sizes:
     steps: int = 300
-    batch: int = 32
+    batch: int = 16
     length: int = 128
     test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     tested: int = 64  # places where the text is cut, each with
