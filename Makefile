@@ -11,7 +11,7 @@ PIP     := $(BIN)/pip --disable-pip-version-check -qq
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto  # a process a core
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) setup.py pyproject.toml
 
-.PHONY: help bench test test-avx512 test-cuda lint bench-full models models-table examples wheel sanitize gpu-proof clean
+.PHONY: help bench test test-avx512 test-cuda compile-cuda lint bench-full models models-table examples wheel sanitize gpu-proof clean
 
 EXAMPLES := gpt bert digits sentence-encoder tuning in-context associative-recall lengths scaling
 
@@ -55,9 +55,12 @@ wheel: $(VENV)/installed  ## a wheel in dist/
 test-avx512: $(VENV)/installed  ## the kernels of AVX-512 and AVX-512-BF16, by emulation where the CPU lacks them
 	tests/avx512_emulation/run.sh tests/ops
 
-test-cuda: $(VENV)/built  ## the CUDA C++ kernels on an emulated device, which needs no CUDA; and compiled, where nvcc is
+test-cuda: $(VENV)/built  ## the CUDA C++ kernels on an emulated device, which needs no CUDA
 	$(PY) -m tests.cuda_emulation.build
 	$(PYTEST) --dist worksteal -p tests.cuda_emulation.plugin tests/test_cuda_*.py tests/ops/test_*_cuda.py
+
+compile-cuda: $(VENV)/built  ## the CUDA C++ kernels for every GPU target, by nvcc: warnings and spills are errors (minutes)
+	XFORMER_FAST_COMPILE_CUDA=1 $(PYTEST) --dist worksteal tests/test_cuda_compile.py
 
 sanitize: $(VENV)/installed  ## 2,000 random calls of the C++ kernels under AddressSanitizer and UBSan
 	tests/sanitize/run.sh

@@ -184,21 +184,22 @@ def write_documents_csv(result: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def quick_benchmark(path: pathlib.Path, *, seconds: float, longest: int, budget: float) -> list[dict[str, Any]]:
-    """Fused, naive and SDPA: the quick cases of attention, a training step at growing length (peers up to 4,096
-    tokens), then the quick cases of the other ops, as far as the time goes.
+    """Fused, naive and SDPA, as far as the time goes: the first quick case of every op, a training step at growing
+    length (peers up to 4,096 tokens), the other quick cases, and all of them in bfloat16, which some CPUs emulate.
     """
-    sink = CsvSink(path)
     rows = []
     deadline = time.monotonic() + budget
-    with contextlib.closing(sink):
-        settings = Settings(seconds=seconds, deadline=deadline)
-        for op in OPS:
-            peers = chosen_peers(op, "cpu", backends=None, names=None, quick=True)
-            rows += bench(op, select(op, quick=True), peers=peers, settings=settings, on_rows=sink)
-            if op == "attention":
-                sweep = [case for case in sweep_cases() if case.seqlen_q <= longest]
-                growing = Settings(seconds=0.5, deadline=deadline, peer_score_limit=2 * 4096**2)
-                rows += bench(op, sweep, dtypes=["float32"], peers=peers, settings=growing, on_rows=sink)
+    settings = Settings(seconds=seconds, deadline=deadline)
+    growing = Settings(seconds=0.5, deadline=deadline, peer_score_limit=2 * 4096**2)
+    peers = {op: chosen_peers(op, "cpu", backends=None, names=None, quick=True) for op in OPS}
+    cases = {op: select(op, quick=True) for op in OPS}
+    turns = [(op, cases[op][:1], "float32", settings) for op in OPS]
+    turns += [("attention", [c for c in sweep_cases() if c.seqlen_q <= longest], "float32", growing)]
+    turns += [(op, cases[op][1:], "float32", settings) for op in OPS]
+    turns += [(op, cases[op], "bfloat16", settings) for op in OPS]
+    with contextlib.closing(CsvSink(path)) as sink:
+        for op, some, dtype, how in turns:
+            rows += bench(op, some, dtypes=[dtype], peers=peers[op], settings=how, on_rows=sink)
     return rows
 
 
@@ -303,13 +304,13 @@ def write_report(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-results"))
-    parser.add_argument("--texts", type=int, default=256, help="number of docstrings")
+    parser.add_argument("--texts", type=int, default=160, help="number of docstrings")
     parser.add_argument("--batch", type=int, default=16, help="texts per batch")
     parser.add_argument("--repeats", type=int, default=2, help="timed passes over each batch")
-    parser.add_argument("--seconds", type=float, default=0.7, help="timing per case, dtype and mode")
+    parser.add_argument("--seconds", type=float, default=0.5, help="timing per case, dtype and mode")
     parser.add_argument("--longest", type=int, default=16384, help="longest training step of the memory sweep")
     parser.add_argument("--budget", type=float, default=240, help="seconds after which no further case is begun")
-    parser.add_argument("--models-budget", type=float, default=75, help="the same of whole models")
+    parser.add_argument("--models-budget", type=float, default=60, help="the same of whole models")
     args = parser.parse_args()
     quiet()
     start = time.monotonic()
