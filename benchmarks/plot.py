@@ -281,7 +281,7 @@ def whole_models(rows: list[Row], path: pathlib.Path) -> bool:
             axis.set_xlabel("× the host's fastest setting", fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=2, fontsize=8, frameon=False)
-    _title(figure, "Whole models, patched over unpatched (% = of the ceiling that Amdahl's law sets)", rows)
+    _title(figure, "Whole models, patched (% = of Amdahl's ceiling)", rows)
     figure.savefig(path, dpi=140)
     plt.close(figure)
     return True
