@@ -99,6 +99,36 @@ def triton_problem() -> str | None:
     return "no GPU, and TRITON_INTERPRET=1 is not set"
 
 
+def triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def triton_unsupported(device: torch.device) -> str | None:
+    """Why Triton kernels do not run on a device's tensors, or None."""
+    if device.type == "cuda":
+        old = torch.cuda.get_device_capability(device) < (8, 0) and torch.version.hip is None
+        return "the GPU is older than sm_80" if old else None
+    return None if device.type == "cpu" and triton_interprets() else f"tensors are on {device}, not on a GPU"
+
+
+def triton_unproven(op: str, device: torch.device) -> str | None:
+    """Why the Triton kernels of an op are not chosen by default, or None."""
+    if device.type == "cpu":
+        return "the interpreter is for tests"
+    return None if f"{op}/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+
+
+def kernel_limits(query: torch.Tensor, value: torch.Tensor, most_head_dim: int) -> str | None:
+    """Why tensors of these head dims and this dtype are not for kernels, or None."""
+    if query.dtype == torch.float64:
+        return "float64 runs through the reference formula"
+    if query.shape[-1] > most_head_dim or value.shape[-1] > most_head_dim:
+        return f"head_dim is at most {most_head_dim}"
+    return None
+
+
 @functools.cache
 def cuda_problem(operator: str) -> str | None:
     """Why the CUDA C++ kernels behind an operator cannot run here, or None."""

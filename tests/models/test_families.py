@@ -6,12 +6,10 @@ import io
 import pytest
 import torch
 from families import CASES, FAMILIES, make
+from marks import needs_kernels
 
-from xformer_fast import dispatch
 from xformer_fast.testing import check_close
 from xformer_fast.tuning import add_adapters, add_prefixes, add_prompts
-
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def gradients(name, model):

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import needs_kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
-from xformer_fast import dispatch, layers
+from xformer_fast import layers
 from xformer_fast.layers import Attention, FeedForward, Prefix, Residual, Stack, TransformerLayer
 from xformer_fast.positions import sinusoids
 
 DIM, HEADS = 64, 4
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def tokens(batch=2, length=10, dim=DIM, seed=0):

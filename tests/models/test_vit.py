@@ -4,13 +4,12 @@ import pytest
 import torch
 from families import images
 from hosts import HEADS, WIDTH, assert_near, transformers_model
+from marks import needs_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xformer_fast import dispatch
 from xformer_fast.models import ViT
 
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 SIZES = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 48,
     "image_size": 24, "patch_size": 8, "num_labels": 5,

@@ -13,13 +13,13 @@ from attention_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import needs_kernels
 
 import xformer_fast
 from xformer_fast import build_info, dispatch, reference
 from xformer_fast.testing import check_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def dtype_of(seed: int) -> torch.dtype:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_cases import check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+from marks import needs_kernels
 
 import xformer_fast
 from xformer_fast import build_info, dispatch, reference
@@ -12,7 +13,6 @@ from xformer_fast.testing import check_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = build_info.usable_isa_levels() if dispatch.build_problem() is None else []
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 @pytest.fixture(params=[*(f"cpu-{isa}" for isa in ISAS), "reference"])

@@ -4,13 +4,13 @@ import pytest
 import torch
 from attention_cases import unwritten_memory_is_nan
 from decode_cases import arguments, check, draw, evaluate, truth_and_naive
+from marks import needs_kernels
 
 import xformer_fast
 from xformer_fast import build_info, dispatch
 from xformer_fast.testing import check_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
 
 def on_backend(name: str | None):

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import unwritten_memory_is_nan
+from marks import needs_kernels
 
 import xformer_fast
 from xformer_fast import build_info, dispatch, reference
 from xformer_fast.testing import check_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 ISAS = build_info.usable_isa_levels() if dispatch.build_problem() is None else []
 
 LENGTHS = [(1, 1), (1, 70), (17, 17), (64, 64), (65, 65), (130, 130), (40, 110), (110, 40), (3, 0), (0, 9)]

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 from attention_cases import unwritten_memory_is_nan
+from marks import needs_kernels
 from neighborhood_cases import Case, check, draw, evaluate, on_backend, truth_and_naive
 
 import xformer_fast
 from xformer_fast import BackendUnavailable, build_info, dispatch, neighborhood_attention, reference
 from xformer_fast.testing import check_close
 
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = build_info.usable_isa_levels() if dispatch.build_problem() is None else []
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_cases import unwritten_memory_is_nan
+from marks import needs_kernels
 from rope_cases import compare, draw, evaluate, on_backend, tables
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +13,6 @@ import xformer_fast
 from xformer_fast import BackendUnavailable, Rope, dispatch, reference
 from xformer_fast.testing import check_close
 
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 apply_rope = xformer_fast.apply_rope
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import unwritten_memory_is_nan
+from marks import needs_kernels
 from window_cases import compare, draw, evaluate, on_backend
 
 import xformer_fast
-from xformer_fast import BackendUnavailable, dispatch, reference, window_attention
+from xformer_fast import BackendUnavailable, reference, window_attention
 from xformer_fast.testing import check_close
 
-needs_kernels = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

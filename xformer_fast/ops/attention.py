@@ -15,8 +15,10 @@ from ..dispatch import (
     cuda_problem,
     cuda_unproven,
     cuda_unsupported,
-    proven,
+    kernel_limits,
     triton_problem,
+    triton_unproven,
+    triton_unsupported,
 )
 from ..positions import DistanceBias, Rope, T5Bias
 from . import attention_operator as operator
@@ -455,39 +457,18 @@ def _any_requires_grad(arguments) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
-    if call.query.dtype == torch.float64:
-        return "float64 runs through the reference formula"
-    if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
-        return f"head_dim is at most {most_head_dim}"
-    return None
-
-
 def _cpu_unsupported(call: Call) -> str | None:
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, not on the CPU"
-    return _kernel_limits(call, 512)
+    return kernel_limits(call.query, call.value, 512)
 
 
 def _triton_unsupported(call: Call) -> str | None:
-    if call.query.device.type == "cuda":
-        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
-            return "the GPU is older than sm_80"
-    elif not (call.query.device.type == "cpu" and triton_interprets()):
-        return f"tensors are on {call.query.device}, not on a GPU"
-    return _kernel_limits(call, 256)
-
-
-def triton_interprets() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return triton_unsupported(call.query.device) or kernel_limits(call.query, call.value, 256)
 
 
 def _triton_unproven(call: Call) -> str | None:
-    if call.query.device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("attention", call.query.device)
 
 
 def _triton_runner() -> Callable:
@@ -510,7 +491,7 @@ def _cuda_unsupported(call: Call) -> str | None:
     for name in ("global_keys", "decomposed_bias"):
         if getattr(call, name) is not None:
             return f"{name} is not in the CUDA kernels"
-    return cuda_unsupported("attention_cuda", call.query.device) or _kernel_limits(call, 256)
+    return cuda_unsupported("attention_cuda", call.query.device) or kernel_limits(call.query, call.value, 256)
 
 
 def _cuda_unproven(call: Call) -> str | None:

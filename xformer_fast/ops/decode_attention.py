@@ -19,12 +19,13 @@ from ..dispatch import (
     cuda_problem,
     cuda_unproven,
     cuda_unsupported,
-    proven,
+    kernel_limits,
     triton_problem,
+    triton_unproven,
+    triton_unsupported,
 )
 from ..positions import DistanceBias, Rope, T5Bias
 from . import checks
-from .attention import triton_interprets
 from .attention_operator import in_order_of
 
 APPEND_SCHEMA = (
@@ -366,37 +367,24 @@ def _triton_runner() -> Callable:
     return _register("triton")
 
 
-def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
-    if call.key_cache.dtype == torch.float64:
-        return "float64 runs through the reference formula"
-    if call.query.shape[-1] > most_head_dim or call.value_cache.shape[-1] > most_head_dim:
-        return f"head_dim is at most {most_head_dim}"
-    return None
-
-
 def _cpu_unsupported(call: Call) -> str | None:
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, not on the CPU"
-    return _kernel_limits(call, 512)
+    return kernel_limits(call.key_cache, call.value_cache, 512)
 
 
 def _triton_unsupported(call: Call) -> str | None:
-    if call.query.device.type == "cuda":
-        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
-            return "the GPU is older than sm_80"
-    elif not (call.query.device.type == "cpu" and triton_interprets()):
-        return f"tensors are on {call.query.device}, not on a GPU"
-    return _kernel_limits(call, 256)
+    return triton_unsupported(call.query.device) or kernel_limits(call.key_cache, call.value_cache, 256)
 
 
 def _triton_unproven(call: Call) -> str | None:
-    if call.query.device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "decode_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("decode_attention", call.query.device)
 
 
 def _cuda_unsupported(call: Call) -> str | None:
-    return cuda_unsupported("decode_attention_cuda", call.query.device) or _kernel_limits(call, 256)
+    return cuda_unsupported("decode_attention_cuda", call.query.device) or kernel_limits(
+        call.key_cache, call.value_cache, 256
+    )
 
 
 def _cuda_unproven(call: Call) -> str | None:

@@ -15,13 +15,15 @@ from ..dispatch import (
     cuda_problem,
     cuda_unproven,
     cuda_unsupported,
-    proven,
+    kernel_limits,
     triton_problem,
+    triton_unproven,
+    triton_unsupported,
 )
 from ..feature_maps import FeatureMap
 from . import checks
 from . import linear_attention_operator as operator
-from .attention import _any_requires_grad, triton_interprets
+from .attention import _any_requires_grad
 
 State = tuple[Tensor, Tensor]
 
@@ -322,27 +324,14 @@ def _inside(call: Call) -> Tensor:
     return (row - call.cu_seqlens[sequence] < lengths[sequence])[:, None]
 
 
-def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
-    if call.query.dtype == torch.float64:
-        return "float64 runs through the reference formula"
-    if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
-        return f"head_dim is at most {most_head_dim}"
-    return None
-
-
 def _cpu_unsupported(call: Call) -> str | None:
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, not on the CPU"
-    return _kernel_limits(call, 512)
+    return kernel_limits(call.query, call.value, 512)
 
 
 def _triton_unsupported(call: Call) -> str | None:
-    if call.query.device.type == "cuda":
-        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
-            return "the GPU is older than sm_80"
-    elif not (call.query.device.type == "cpu" and triton_interprets()):
-        return f"tensors are on {call.query.device}, not on a GPU"
-    return _gpu_limits(call)
+    return triton_unsupported(call.query.device) or _gpu_limits(call)
 
 
 def _gpu_limits(call: Call) -> str | None:
@@ -350,13 +339,11 @@ def _gpu_limits(call: Call) -> str | None:
         return "taylor has 1 + D + D² features; at most 256 fit the kernels"
     if isinstance(call.feature_map, feature_maps.FavorPlus) and call.feature_map.num_features > 256:
         return "at most 256 features fit the kernels"
-    return _kernel_limits(call, 256)
+    return kernel_limits(call.query, call.value, 256)
 
 
 def _triton_unproven(call: Call) -> str | None:
-    if call.query.device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "linear_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("linear_attention", call.query.device)
 
 
 def _triton_runner() -> Callable:

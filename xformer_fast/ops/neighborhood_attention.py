@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Table, build_problem, proven, triton_problem
+from ..dispatch import (
+    Backend,
+    Table,
+    build_problem,
+    kernel_limits,
+    triton_problem,
+    triton_unproven,
+    triton_unsupported,
+)
 from . import checks
 from . import neighborhood_operator as operator
-from .attention import triton_interprets
 
 
 @dataclass(slots=True)
@@ -184,33 +191,18 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor]:
     return run
 
 
-def _kernel_limits(call: Call, most_head_dim: int) -> str | None:
-    if call.query.dtype == torch.float64:
-        return "float64 runs through the reference formula"
-    if call.query.shape[-1] > most_head_dim or call.value.shape[-1] > most_head_dim:
-        return f"head_dim is at most {most_head_dim}"
-    return None
-
-
 def _cpu_unsupported(call: Call) -> str | None:
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}, not on the CPU"
-    return _kernel_limits(call, 512)
+    return kernel_limits(call.query, call.value, 512)
 
 
 def _triton_unsupported(call: Call) -> str | None:
-    if call.query.device.type == "cuda":
-        if torch.cuda.get_device_capability(call.query.device) < (8, 0) and torch.version.hip is None:
-            return "the GPU is older than sm_80"
-    elif not (call.query.device.type == "cpu" and triton_interprets()):
-        return f"tensors are on {call.query.device}, not on a GPU"
-    return _kernel_limits(call, 256)
+    return triton_unsupported(call.query.device) or kernel_limits(call.query, call.value, 256)
 
 
 def _triton_unproven(call: Call) -> str | None:
-    if call.query.device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "neighborhood_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("neighborhood_attention", call.query.device)
 
 
 def _triton_runner() -> Callable:

@@ -14,8 +14,9 @@ from ..dispatch import (
     cuda_problem,
     cuda_unproven,
     cuda_unsupported,
-    proven,
     triton_problem,
+    triton_unproven,
+    triton_unsupported,
 )
 from . import checks
 from . import rope_operator as operator
@@ -245,25 +246,11 @@ def _cpu_unsupported(call: Call) -> str | None:
 
 
 def _triton_unsupported(call: Call) -> str | None:
-    device = call.tensors[0].device
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0) and torch.version.hip is None:
-            return "the GPU is older than sm_80"
-    elif not (device.type == "cpu" and _triton_interprets()):
-        return f"tensors are on {device}, not on a GPU"
-    return _kernel_limits(call)
-
-
-def _triton_interprets() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return triton_unsupported(call.tensors[0].device) or _kernel_limits(call)
 
 
 def _triton_unproven(call: Call) -> str | None:
-    if call.tensors[0].device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "apply_rope/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("apply_rope", call.tensors[0].device)
 
 
 def _triton_runner() -> Callable:

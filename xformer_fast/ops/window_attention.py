@@ -15,12 +15,13 @@ from ..dispatch import (
     cuda_problem,
     cuda_unproven,
     cuda_unsupported,
-    proven,
+    kernel_limits,
     triton_problem,
+    triton_unproven,
+    triton_unsupported,
 )
 from . import checks
 from . import window_operator as operator
-from .attention import _triton_unsupported
 
 
 @dataclass(slots=True)
@@ -212,10 +213,12 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
+def _triton_unsupported(call: Call) -> str | None:
+    return triton_unsupported(call.query.device) or kernel_limits(call.query, call.value, 256)
+
+
 def _triton_unproven(call: Call) -> str | None:
-    if call.query.device.type == "cpu":
-        return "the interpreter is for tests"
-    return None if "window_attention/triton" in proven() else "no run on a GPU has proved it yet (make gpu-proof)"
+    return triton_unproven("window_attention", call.query.device)
 
 
 def _triton_runner() -> Callable:
