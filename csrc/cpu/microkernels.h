@@ -50,15 +50,16 @@ XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
 XF_INLINE float broadcast_source(const float* a) { return *a; }
 XF_INLINE Vec load_operand(const float* b) { return load(b); }
 
-// Areas of rows (stride and columns in elements). What does not fit the list is not asked for.
+// Areas of rows, `stride` elements or the `offsets` of a list apart. What does not fit the list of areas is not asked for.
 class Prefetch {
  public:
   template <class T>
   void add(const T* p, int64_t stride, int64_t rows, int64_t columns) {
-    if (count_ == kMostAreas) return;
-    Area& area = areas_[count_++];
-    area = {reinterpret_cast<const char*>(p), stride * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), rows, 0};
-    lines_ += rows * ((area.bytes + 63) / 64);
+    add(p, nullptr, stride, rows, columns);
+  }
+  template <class T>
+  void add(const T* p, const int64_t* offsets, int64_t rows, int64_t columns) {
+    add(p, offsets, 0, rows, columns);
   }
   // Called `steps` times after start(steps), asks for everything.
   void start(int64_t steps) { share_ = (lines_ + steps - 1) / steps; }
@@ -66,17 +67,28 @@ class Prefetch {
     int64_t now = share_ < lines_ ? share_ : lines_;
     lines_ -= now;
     for (Area* area = areas_; area < areas_ + count_ && now > 0; ++area)
-      for (; area->rows > 0 && now > 0; --now) {
-        __builtin_prefetch(area->row + area->at, 0, 2);
+      for (; area->row < area->rows && now > 0; --now) {
+        const int64_t row = area->offsets ? area->offsets[area->row] * area->element : area->row * area->stride;
+        __builtin_prefetch(area->begin + row + area->at, 0, 2);
         area->at += 64;
-        if (area->at >= area->bytes) area->at = 0, area->row += area->stride, --area->rows;
+        if (area->at >= area->bytes) area->at = 0, ++area->row;
       }
   }
 
  private:
+  template <class T>
+  void add(const T* p, const int64_t* offsets, int64_t stride, int64_t rows, int64_t columns) {
+    if (count_ == kMostAreas) return;
+    const int64_t element = sizeof(T);
+    Area& area = areas_[count_++];
+    area = {reinterpret_cast<const char*>(p), offsets, element, stride * element, columns * element, rows, 0, 0};
+    lines_ += rows * ((area.bytes + 63) / 64);
+  }
+
   struct Area {
-    const char* row;
-    int64_t stride, bytes, rows, at;
+    const char* begin;
+    const int64_t* offsets;
+    int64_t element, stride, bytes, rows, row, at;  // row, at: of what is asked for next
   };
   static constexpr int kMostAreas = 8;
   Area areas_[kMostAreas];

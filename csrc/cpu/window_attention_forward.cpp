@@ -9,7 +9,7 @@
 //     O^T = V^T P^T   A = V in scratch, read transposed,              B = S^T after the exponential, in place
 // Scale, norms, bias and the region mask join in one pass between; the mask only where a window holds a wrap of the map.
 //
-// The rows of the next head, or of the next window, are asked for between the products of this one.
+// The rows of the next head, or of the next window, are asked for between the row chunks of the products of this one.
 //
 // bfloat16 with XF_BF16_DOT multiplies pairs: Q^T and P^T hold pairs, V's rows are interleaved. Otherwise half types are
 // float32 in scratch. A query that would have a vector to itself (the 49th of 7 x 7) is attended apart, keys or channels in
@@ -20,6 +20,12 @@
 // NOTES (Zen 4, a busy machine: CPU time of one thread, B 8, 56 x 56, 3 heads of 32, window 7, shift 3)
 //   - float32: 18.1 ms with all 49 queries in four vectors; 16.8 with the last one apart; 12.2-12.7 with prefetching too,
 //     where torch's roll, partition, SDPA and reverse take 38-40. bfloat16: 13.7 ms in float32, 8.0 with products of pairs.
+// Zen 3 (AVX2, one thread, the quietest of 100 calls; at the FMA ceiling the products alone would take 5.9 ms):
+//   - 19.1 ms when nothing is prefetched, half of it waiting in gather_rows; 15.5 when 48 lines at a time are asked for, 8 keys
+//     apart; 13.0 when a few lines are, between chunks of rows: of a burst, the later lines are dropped.
+//   - A function that does nothing but prefetch is pure to GCC, and its calls vanish: ask inside a function that does more.
+//   - The bias of a head by a division for every entry took 1.3 ms a call, for every batch.
+//   - Asking for the rows of the output as well: no gain, its scatter is faster and all else slower.
 #include "window_tiles.h"
 
 namespace xformer_fast {
@@ -36,13 +42,14 @@ template <class T>
 class WindowForward {
   typedef typename ProductOf<T>::Type C;
   static constexpr int kPair = sizeof(float) / sizeof(C);  // reduction steps that one multiply-add takes
-  static constexpr int64_t kChunkKeys = 8;                 // between two shares of what is prefetched
 
  public:
   static constexpr int kWidthStep = kPair * kLanes;
 
-  WindowForward(const WindowPlan& plan, char* scratch) : p_(plan), a_(*plan.attention) {
-    Arena arena(scratch);
+  WindowForward(const WindowPlan& plan, Arena arena)
+      : p_(plan), a_(*plan.attention),
+        walk_(plan, {{&a_.query, a_.head_dim}, {&a_.key, a_.head_dim}, {&a_.value, a_.head_dim_v}, {&a_.out, a_.head_dim_v}},
+              arena) {
     arena.take(plan.padded * plan.width, query_, key_, query_t_);
     arena.take(plan.padded * plan.width_v, value_);
     arena.take(kPair == 2 ? plan.padded * plan.width_v : 0, value_pairs_);
@@ -50,67 +57,23 @@ class WindowForward {
     arena.take(plan.tokens * kTileVectors * kLanes, scores_);
     arena.take(plan.width_v * kTileVectors * kLanes, out_t_);
     arena.take(plan.padded, lane_scale_, key_scale_, sum_, weights_);
-    arena.take(plan.tokens, at_out_);
-    for (Rows& rows : rows_) arena.take(plan.tokens, rows.query, rows.key, rows.value);
     used_ = arena.used();
   }
 
-  static size_t bytes(const WindowPlan& plan) { return size_t(WindowForward(plan, nullptr).used_); }
+  static size_t bytes(const WindowPlan& plan) { return size_t(WindowForward(plan, Arena(nullptr)).used_); }
 
-  // Every head of a group, window by window.
   void run(int64_t first_window, int64_t last_window, int64_t first_head, int64_t last_head) {
-    if (first_window >= last_window) return;
-    place_rows(first_window);
-    for (int64_t w = first_window; w < last_window; ++w) {
-      const WindowPlace place = place_of(p_, w);
-      edges_ = place.edges;
-      now_ = rows_[w % 2];
-      row_offsets(p_, place, a_.out, at_out_);
-      if (w + 1 < last_window) place_rows(w + 1);
-      for (int64_t h = first_head; h < last_head; ++h) {
-        const bool last = h + 1 == last_head;
-        next_ = last ? rows_[(w + 1) % 2] : now_;
-        next_head_ = !last ? h + 1 : w + 1 < last_window ? first_head : -1;
-        head(h);
-      }
-    }
+    walk_.run(first_window, last_window, first_head, last_head, [this](int64_t h) { head(h); });
   }
 
  private:
-  struct Rows {
-    int64_t *query, *key, *value;  // offsets
-  };
-
-  void place_rows(int64_t window) {
-    const WindowPlace place = place_of(p_, window);
-    const Rows& rows = rows_[window % 2];
-    row_offsets(p_, place, a_.query, rows.query);
-    row_offsets(p_, place, a_.key, rows.key);
-    row_offsets(p_, place, a_.value, rows.value);
-  }
-
-  static const T* rows_of(const MapView& view, int64_t h) { return static_cast<const T*>(view.data) + h * view.head; }
-
-  static void prefetch_row(const T* row, int64_t columns) {
-    const char* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t at = 0; at < columns * int64_t(sizeof(T)); at += 64) __builtin_prefetch(bytes + at, 0, 2);
-  }
-
-  // The rows of tokens first..last-1 that the next head will read.
-  XF_NOINLINE void prefetch_next(int64_t first, int64_t last) const {
-    const T *query = rows_of(a_.query, next_head_), *key = rows_of(a_.key, next_head_), *value = rows_of(a_.value, next_head_);
-    for (int64_t i = first; i < last; ++i) {
-      prefetch_row(query + next_.query[i], a_.head_dim);
-      prefetch_row(key + next_.key[i], a_.head_dim);
-      prefetch_row(value + next_.value[i], a_.head_dim_v);
-    }
-  }
+  enum { kQuery, kKey, kValue, kOut };  // of the walk's maps
 
   void head(int64_t h) {
     const int64_t n = p_.tokens;
-    gather_rows(rows_of(a_.query, h), now_.query, n, p_.padded, a_.head_dim, query_, p_.width);
-    gather_rows(rows_of(a_.key, h), now_.key, n, p_.padded, a_.head_dim, key_, p_.width);
-    gather_rows(rows_of(a_.value, h), now_.value, n, n, a_.head_dim_v, value_, p_.width_v);
+    gather_rows(walk_.rows(kQuery, h), walk_.offsets(kQuery), n, p_.padded, a_.head_dim, query_, p_.width);
+    gather_rows(walk_.rows(kKey, h), walk_.offsets(kKey), n, p_.padded, a_.head_dim, key_, p_.width);
+    gather_rows(walk_.rows(kValue, h), walk_.offsets(kValue), n, n, a_.head_dim_v, value_, p_.width_v);
     if constexpr (kPair == 1) pack_transposed(query_, p_.width, p_.padded, p_.width, 1.f, query_t_, p_.padded);
 #if defined(XF_BF16_DOT)
     if constexpr (kPair == 2) {
@@ -121,9 +84,9 @@ class WindowForward {
     scales(h);
     const bool apart = n % kLanes == 1 && n > kLanes;
     const TileCut cut(apart ? n / kLanes : p_.padded / kLanes);
-    for (int64_t t = 0; t < cut.tiles; ++t) tile(h, cut.first(t) * kLanes, int(cut.first(t + 1) - cut.first(t)));
+    for (int64_t t = 0; t < cut.tiles; ++t) tile(h, cut, t);
     if (apart) last_query(h);
-    scatter_rows(out_, p_.width_v, 1.f, n, a_.head_dim_v, static_cast<T*>(a_.out.data) + h * a_.out.head, at_out_);
+    scatter_rows(out_, p_.width_v, 1.f, n, a_.head_dim_v, walk_.rows(kOut, h), walk_.offsets(kOut));
   }
 
   void scales(int64_t h) {
@@ -137,17 +100,16 @@ class WindowForward {
     }
   }
 
-  void tile(int64_t h, int64_t query0, int vectors) {
+  void tile(int64_t h, const TileCut& cut, int64_t t) {
+    const int64_t query0 = cut.first(t) * kLanes;
+    const int vectors = int(cut.first(t + 1) - cut.first(t));
+    Prefetch ahead[2] = {walk_.next_rows(2 * t, 2 * cut.tiles), walk_.next_rows(2 * t + 1, 2 * cut.tiles)};
     const int64_t ld = vectors * kLanes, steps = (a_.head_dim + kPair - 1) / kPair, key_steps = (p_.tokens + kPair - 1) / kPair;
-    const int64_t chunks = (p_.tokens + kChunkKeys - 1) / kChunkKeys;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t first = p_.tokens * chunk / chunks, last = p_.tokens * (chunk + 1) / chunks;
-      if (next_head_ >= 0 && query0 == 0) prefetch_next(first, last);
-      tile_product(last - first, vectors, steps, key_ + first * p_.width, p_.width, kPair, query_t_ + kPair * query0,
-                   kPair * p_.padded, scores_ + first * ld, ld, Start::overwrite);
-    }
+    tile_product(p_.tokens, vectors, steps, key_, p_.width, kPair, query_t_ + kPair * query0, kPair * p_.padded, scores_, ld,
+                 Start::overwrite, nullptr, &ahead[0]);
     const WindowScores s{scores_, ld, p_.tokens, p_.bias ? p_.bias + h * p_.bias_head() + query0 : nullptr, p_.padded,
-                         lane_scale_ + query0, a_.logit_scale ? key_scale_ : nullptr, p_.region, p_.region + query0, edges_};
+                         lane_scale_ + query0, a_.logit_scale ? key_scale_ : nullptr, p_.region,
+                         p_.region + query0, walk_.edges()};
     const C* value = value_;
 #if defined(XF_BF16_DOT)
     if constexpr (kPair == 2) value = value_pairs_, softmax_column_pairs(vectors, s, sum_);
@@ -155,7 +117,7 @@ class WindowForward {
     if constexpr (kPair == 1) softmax_columns(vectors, s, sum_);
     for (int v = 0; v < vectors; ++v) store(sum_ + v * kLanes, 1.f / load(sum_ + v * kLanes));
     tile_product(a_.head_dim_v, vectors, key_steps, value, kPair, kPair * p_.width_v, reinterpret_cast<const C*>(scores_),
-                 kPair * ld, out_t_, ld, Start::overwrite);
+                 kPair * ld, out_t_, ld, Start::overwrite, nullptr, &ahead[1]);
     store_transposed(out_t_, ld, ld, p_.width_v, sum_, out_ + query0 * p_.width_v, p_.width_v);
   }
 
@@ -164,7 +126,7 @@ class WindowForward {
     const int64_t n = p_.tokens, i = n - 1;
     const C* query = query_ + i * p_.width;
     const float* bias = p_.bias ? p_.bias + h * p_.bias_head() + n * p_.padded : nullptr;
-    const IVec region = broadcast_int(p_.region[i] & edges_);
+    const IVec region = broadcast_int(p_.region[i] & walk_.edges());
     Vec top = broadcast(-kInfinity);
     for (int64_t j = 0; j < p_.padded; j += kLanes) {
       Vec products[kLanes];
@@ -182,7 +144,7 @@ class WindowForward {
       Vec s = products[0] * lane_scale_[i];
       if (a_.logit_scale) s *= load(key_scale_ + j);
       if (bias) s += load(bias + j);
-      if (edges_) s = (load_as<IVec>(p_.region + j) & edges_) == region ? s : broadcast(-kInfinity);
+      if (walk_.edges()) s = (load_as<IVec>(p_.region + j) & walk_.edges()) == region ? s : broadcast(-kInfinity);
       s = lane_index() < broadcast_int(int(n - j)) ? s : broadcast(-kInfinity);
       store(weights_ + j, s);
       top = maximum(s, top);
@@ -210,12 +172,9 @@ class WindowForward {
 
   const WindowPlan& p_;
   const WindowAttention& a_;
-  int32_t edges_;
+  WindowWalk<T, 3, 4> walk_;
   C *query_, *key_, *query_t_, *value_, *value_pairs_;
   float *out_, *scores_, *out_t_, *lane_scale_, *key_scale_, *sum_, *weights_;
-  Rows rows_[2], now_, next_;  // of windows in turn; of the head at work and of the one after it
-  int64_t next_head_;          // -1: none
-  int64_t* at_out_;
   int64_t used_;
 };
 
@@ -223,7 +182,7 @@ template <class T>
 void forward_task(void* context, int64_t task, char* scratch) {
   const WindowPlan& plan = *static_cast<const WindowPlan*>(context);
   const int64_t chunk = task / plan.head_groups, group = task % plan.head_groups;
-  WindowForward<T>(plan, scratch)
+  WindowForward<T>(plan, Arena(scratch))
       .run(plan.first_window(chunk), plan.first_window(chunk + 1), plan.first_head(group), plan.first_head(group + 1));
 }
 

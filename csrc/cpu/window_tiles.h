@@ -25,6 +25,7 @@ struct WindowPlan {
   int64_t count;                 // of the whole batch
   int64_t chunks, head_groups;   // a task is a chunk of windows for a group of heads
   const int32_t* region;         // of a token: bit x is set past the wrap of axis x
+  const int32_t* table_at;       // of a token: how far into the relative bias table it takes a query
   const float* bias;             // [head][key][query], times log2(e), and a row of the last query's by key; null: none
   bool shifted;
 
@@ -64,32 +65,25 @@ inline void row_offsets(const WindowPlan& plan, const WindowPlace& place, const 
 }
 
 // Row of the relative bias table for query i and key j, in Swin's order.
-inline int64_t table_row(const WindowAttention& a, int64_t i, int64_t j) {
-  int64_t row = 0, unit = 1;
-  for (int x = kMaxAxes - 1; x >= 0; --x) {
-    const int64_t w = a.window[x];
-    row += (i % w - j % w + w - 1) * unit;
-    unit *= 2 * w - 1;
-    i /= w;
-    j /= w;
-  }
-  return row;
+inline int64_t table_row(const WindowPlan& plan, int64_t i, int64_t j) {
+  return plan.table_at[i] - plan.table_at[j] + plan.table_at[plan.tokens - 1];
 }
 
-void fill_bias(void* context, int64_t head, char*) {
+// The bias of a head as the score tiles read it; scratch holds the head's column of the table.
+void fill_bias(void* context, int64_t head, char* scratch) {
   const WindowPlan& plan = *static_cast<const WindowPlan*>(context);
   const WindowAttention& a = *plan.attention;
-  float* out = const_cast<float*>(plan.bias) + head * plan.bias_head();
-  const float* bias = a.bias ? a.bias + head * plan.tokens * plan.tokens : nullptr;
+  const int64_t n = plan.tokens, table_rows = a.table ? table_row(plan, n - 1, 0) + 1 : 0;
+  float* const table = reinterpret_cast<float*>(scratch);
+  for (int64_t r = 0; r < table_rows; ++r) table[r] = a.table[r * a.heads + head];
+  const float* bias = a.bias ? a.bias + head * n * n : nullptr;
   const auto entry = [&](int64_t i, int64_t j) {
-    if (i >= plan.tokens || j >= plan.tokens) return 0.f;
-    float sum = a.table ? a.table[table_row(a, i, j) * a.heads + head] : 0.f;
-    if (bias) sum += bias[i * plan.tokens + j];
-    return sum * kLog2e;
+    return ((a.table ? table[table_row(plan, i, j)] : 0.f) + (bias ? bias[i * n + j] : 0.f)) * kLog2e;
   };
-  for (int64_t j = 0; j < plan.tokens; ++j)
-    for (int64_t i = 0; i < plan.padded; ++i) *out++ = entry(i, j);
-  for (int64_t j = 0; j < plan.padded; ++j) *out++ = entry(plan.tokens - 1, j);
+  float* out = const_cast<float*>(plan.bias) + head * plan.bias_head();
+  for (int64_t j = 0; j < n; ++j, out += plan.padded)
+    for (int64_t i = 0; i < plan.padded; ++i) out[i] = i < n ? entry(i, j) : 0.f;
+  for (int64_t j = 0; j < plan.padded; ++j) out[j] = j < n ? entry(n - 1, j) : 0.f;
 }
 
 inline WindowPlan plan_windows(const WindowAttention& a, int64_t width_step, const Pool& pool) {
@@ -107,16 +101,21 @@ inline WindowPlan plan_windows(const WindowAttention& a, int64_t width_step, con
   plan.width = round_up(a.head_dim, width_step);
   plan.width_v = round_up(a.head_dim_v, width_step);
 
-  int32_t* region = static_cast<int32_t*>(pool.allocate(pool.self, size_t(plan.padded) * sizeof(int32_t)));
+  int32_t* region = static_cast<int32_t*>(pool.allocate(pool.self, size_t(2 * plan.padded) * sizeof(int32_t)));
+  int32_t* table_at = region + plan.padded;
   for (int64_t t = 0; t < plan.padded; ++t) {
-    region[t] = 0;
-    for (int64_t x = kMaxAxes - 1, i = t; x >= 0; i /= a.window[x], --x)
+    region[t] = table_at[t] = 0;
+    int64_t i = t, unit = 1;
+    for (int x = kMaxAxes - 1; x >= 0; i /= a.window[x], unit *= 2 * a.window[x] - 1, --x) {
       if (i % a.window[x] >= a.window[x] - a.shift[x]) region[t] |= 1 << x;
+      table_at[t] += int32_t(i % a.window[x] * unit);
+    }
   }
   plan.region = region;
+  plan.table_at = table_at;
   if (a.table || a.bias) {
     plan.bias = static_cast<float*>(pool.allocate(pool.self, size_t(a.heads * plan.bias_head()) * sizeof(float)));
-    pool.run(a.heads, fill_bias, &plan, 0);
+    pool.run(a.heads, fill_bias, &plan, a.table ? size_t(table_row(plan, plan.tokens - 1, 0) + 1) * sizeof(float) : 0);
   }
   plan.chunks = min_of(plan.count, kWindowTasks);
   const int64_t cached = plan.bias ? max_of(1, kHeadGroupBytes / int64_t(plan.bias_head() * sizeof(float))) : a.heads;
@@ -124,6 +123,67 @@ inline WindowPlan plan_windows(const WindowAttention& a, int64_t width_step, con
   plan.head_groups = min_of(a.heads, groups);
   return plan;
 }
+
+// ---- the way through windows and heads ----
+
+// Of the maps of T that a task reads (the first kReads of the list) and writes, where the rows of the window at work lie; and
+// what the head after the one at work will read, so that it can be asked for in time.
+template <class T, int kReads, int kMaps>
+class WindowWalk {
+ public:
+  struct Map {
+    const MapView* view;
+    int64_t columns;
+  };
+
+  WindowWalk(const WindowPlan& plan, const Map (&maps)[kMaps], Arena& arena) : plan_(plan) {
+    for (int m = 0; m < kMaps; ++m) maps_[m] = maps[m];
+    for (auto& window : offsets_)
+      for (int64_t*& map : window) arena.take(plan.tokens, map);
+  }
+
+  // head(h) for every head of a group, window by window.
+  template <class Head>
+  void run(int64_t first_window, int64_t last_window, int64_t first_head, int64_t last_head, const Head& head) {
+    if (first_window < last_window) place(first_window);
+    for (int64_t w = first_window; w < last_window; ++w) {
+      now_ = w % 2;
+      edges_ = place_of(plan_, w).edges;
+      if (w + 1 < last_window) place(w + 1);
+      for (int64_t h = first_head; h < last_head; ++h) {
+        const bool last = h + 1 == last_head;
+        next_ = last ? (w + 1) % 2 : now_;
+        next_head_ = !last ? h + 1 : w + 1 < last_window ? first_head : -1;
+        head(h);
+      }
+    }
+  }
+
+  int32_t edges() const { return edges_; }
+  T* rows(int map, int64_t h) const { return static_cast<T*>(maps_[map].view->data) + h * maps_[map].view->head; }
+  const int64_t* offsets(int map) const { return offsets_[now_][map]; }
+
+  // What the next head reads, a part of it to each of the products of this one.
+  Prefetch next_rows(int64_t product, int64_t products) const {
+    Prefetch rows_ahead;
+    for (int m = 0; m < kReads && next_head_ >= 0; ++m)
+      if (m * products / kReads == product)
+        rows_ahead.add(rows(m, next_head_), offsets_[next_][m], plan_.tokens, maps_[m].columns);
+    return rows_ahead;
+  }
+
+ private:
+  void place(int64_t window) {
+    const WindowPlace at = place_of(plan_, window);
+    for (int m = 0; m < kMaps; ++m) row_offsets(plan_, at, *maps_[m].view, offsets_[window % 2][m]);
+  }
+
+  const WindowPlan& plan_;
+  Map maps_[kMaps];
+  int64_t* offsets_[2][kMaps];  // of even and odd windows
+  int64_t now_, next_, next_head_;  // the latter -1: none
+  int32_t edges_;
+};
 
 // ---- rows ----
 
