@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import arguments, draw, evaluate, formula
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
@@ -70,7 +71,40 @@ def test_one_operator_a_direction(name):
     public = xformer_fast.varlen_attention if case.packed else xformer_fast.attention
     with Recorder() as recorder:
         evaluate(case, public)
-    assert recorder.names() == ["attention_cpu", "attention_cpu_backward"]
+    forward = "attention_cpu_plain" if name == "plain" else "attention_cpu"
+    assert recorder.names() == [forward, f"{forward}_backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+@pytest.mark.parametrize("lengths", [(9, 21), (1, 40), (0, 7), (7, 0)], ids=str)
+def test_plain_operators_have_the_same_bits(lengths, causal, dtype):
+    """A window without limits says nothing, but takes the operator of all options."""
+    (len_q, len_k), results = lengths, []
+    q, k, v = torch.randn(2, 4, len_q, 24), torch.randn(2, 2, len_k, 24), torch.randn(2, len_k, 2, 40).transpose(1, 2)
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    for window, operator in ((None, "attention_cpu_plain"), ((-1, -1), "attention_cpu")):
+        with Recorder() as recorder:
+            out, lse = xformer_fast.attention(*leaves, causal=causal, window=window, scale=0.3, return_lse=True)
+            weights = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype), torch.ones_like(lse)
+            grads = torch.autograd.grad((out, lse), leaves, weights)
+        assert recorder.names() == [operator, f"{operator}_backward"]
+        with torch.no_grad():
+            assert torch.equal(out, xformer_fast.attention(*leaves, causal=causal, window=window, scale=0.3))
+        results.append((out, lse, *grads))
+    for plain, general in zip(*results, strict=True):
+        assert torch.equal(plain, general) and plain.stride() == general.stride()
+
+
+def test_batched_gradients():
+    """vmap over a backward whose forward knew nothing of it."""
+    q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    out = xformer_fast.attention(q, k, v, causal=True)
+    weights = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, (q, k, v), weights, is_grads_batched=True, retain_graph=True)
+    singly = zip(*(torch.autograd.grad(out, (q, k, v), w, retain_graph=True) for w in weights), strict=True)
+    for ours, expected in zip(batched, singly, strict=True):
+        torch.testing.assert_close(ours, torch.stack(expected))
 
 
 def test_a_call_crosses_little_else():
@@ -87,7 +121,7 @@ def test_a_call_crosses_little_else():
         out = xformer_fast.attention(q, q.detach(), q.detach(), causal=True)
         torch.autograd.grad(out, q, torch.ones(1, 2, 8, 16))
     ours = [n for n in names if n.split("::")[1] not in ("detach", "ones", "view", "alias")]
-    assert ours == ["xformer_fast::attention_cpu", "xformer_fast::attention_cpu_backward"]
+    assert ours == ["xformer_fast::attention_cpu_plain", "xformer_fast::attention_cpu_plain_backward"]
 
 
 # ---- compile
@@ -246,6 +280,15 @@ def test_unwanted_gradients_are_not_computed():
     options["decomposed_bias"] = torch.rand(1, 2, 8, 2), torch.rand(1, 2, 8, 4)
     calls = recorded(lambda: xformer_fast.attention(q, q, q, **options).sum().backward())
     assert calls[1][1][-5:] == (False,) * 5
+
+
+def test_fake_tensors_have_the_shape():
+    with FakeTensorMode():
+        q, v = torch.empty(2, 7, 4, 8).transpose(1, 2).requires_grad_(), torch.empty(2, 4, 7, 16)
+        out, lse = xformer_fast.attention(q, q, v, return_lse=True)
+        (grad,) = torch.autograd.grad(out.sum(), q)
+    assert out.shape == (2, 4, 7, 16) and lse.shape == (2, 4, 7) and grad.stride() == q.stride()
+    assert out.transpose(1, 2).is_contiguous()
 
 
 def test_meta_tensors_have_the_shape():

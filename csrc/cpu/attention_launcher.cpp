@@ -153,9 +153,8 @@ struct Prepared {
     a.lag_bias = lag_bias.data();
   }
 
-  void set_results(const Tensor& out, const Tensor& lse, const Tensor& residual) {
+  void set_results(const Tensor& out, const Tensor& lse) {
     a.out = view_of(out);
-    if (residual.numel() > 0) a.residual = view_of(residual);
     a.lse = static_cast<float*>(lse.data_ptr());
     a.lse_batch = lse.dim() == 2 ? 0 : lse.stride(0);
     a.lse_head = lse.stride(lse.dim() - 2);
@@ -179,18 +178,45 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
               global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
-                   ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
-                   : torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+                   ? empty_floats(query, {query.size(1), query.size(0)})
+                   : empty_floats(query, {query.size(0), query.size(1), query.size(2)});
   save_residual = save_residual && query.scalar_type() != ScalarType::Float;
-  Tensor residual = save_residual ? empty_in_order_of(query, p.a.head_dim_v) : torch::stable::new_empty(query, {0});
+  Tensor residual = save_residual ? empty_in_order_of(query, p.a.head_dim_v) : empty_as(query, {0});
   if (lse.numel() > 0) {
-    p.set_results(out, lse, residual);
+    p.set_results(out, lse);
+    if (residual.numel() > 0) p.a.residual = view_of(residual);
     p.a.exact_weights = exact_weights;
     Call call(p.work());
     XF_KERNELS(attention_kernels).forward(p.a, call.pool());
   }
   return {out, lse, residual};
 }
+
+// AttentionGrad with what every call has, and the tensors that its pointers point into.
+struct PreparedGrad {
+  AttentionGrad g{};
+  Tensor d_query, d_key, d_value, grad_out, out, lse;
+  OptionalTensor grad_lse;
+
+  PreparedGrad(Prepared& p, const Tensor& d_out, const OptionalTensor& d_lse, const Tensor& query, const Tensor& key,
+               const Tensor& value, const Tensor& o, const Tensor& l)
+      : d_query(empty_in_order_of(query, p.a.head_dim)),
+        d_key(empty_in_order_of(key, p.a.head_dim)),
+        d_value(empty_in_order_of(value, p.a.head_dim_v)),
+        grad_out(with_unit_rows(d_out)),
+        out(with_unit_rows(o)),
+        lse(as_contiguous(l)) {
+    p.set_results(out, lse);
+    g.grad_out = view_of(grad_out);
+    if (d_lse) {
+      grad_lse = as_contiguous(*d_lse);
+      g.grad_lse = float_data(*grad_lse, "grad_lse");
+    }
+    g.grad_query = view_of(d_query);
+    g.grad_key = view_of(d_key);
+    g.grad_value = view_of(d_value);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor residual,
@@ -203,36 +229,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
              {mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, distance_bias, sinks, dropout_seed,
               global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   const Attention& a = p.a;
-  Tensor d_query = empty_in_order_of(query, a.head_dim);
-  Tensor d_key = empty_in_order_of(key, a.head_dim);
-  Tensor d_value = empty_in_order_of(value, a.head_dim_v);
-  auto none = [&] { return torch::stable::new_empty(query, {0}, ScalarType::Float); };  // results may not share memory
-  Tensor d_mask = need_mask_grad ? torch::stable::new_empty(query, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)},
-                                                            ScalarType::Float)
+  PreparedGrad grad(p, grad_out, grad_lse, query, key, value, out, lse);
+  auto none = [&] { return empty_floats(query, {0}); };  // results may not share memory
+  Tensor d_mask = need_mask_grad ? empty_floats(query, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)})
                                  : none();
-  Tensor d_alibi = need_alibi_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
+  Tensor d_alibi = need_alibi_grad ? empty_floats(query, {a.batch, a.heads_q}) : none();
   Tensor d_distance =
-      need_distance_grad ? torch::stable::new_empty(query, {a.heads_q, a.distance_count}, ScalarType::Float) : none();
-  Tensor d_sinks = need_sinks_grad ? torch::stable::new_empty(query, {a.batch, a.heads_q}, ScalarType::Float) : none();
-  auto like_queries = [&](int64_t last) { return torch::stable::new_empty(query, {a.batch, a.heads_q, a.seqlen_q, last}, ScalarType::Float); };
+      need_distance_grad ? empty_floats(query, {a.heads_q, a.distance_count}) : none();
+  Tensor d_sinks = need_sinks_grad ? empty_floats(query, {a.batch, a.heads_q}) : none();
+  auto like_queries = [&](int64_t last) { return empty_floats(query, {a.batch, a.heads_q, a.seqlen_q, last}); };
   Tensor d_rel_h = need_decomposed_grad ? like_queries(a.map_rows) : none();
   Tensor d_rel_w = need_decomposed_grad ? like_queries(a.map_columns) : none();
   if (lse.numel() == 0) {  // no query: nothing flows back
-    for (Tensor* t : {&d_key, &d_value, &d_mask, &d_alibi, &d_distance, &d_sinks}) torch::stable::zero_(*t);
+    for (Tensor* t : {&grad.d_key, &grad.d_value, &d_mask, &d_alibi, &d_distance, &d_sinks}) torch::stable::zero_(*t);
   } else {
-    const Tensor go = with_unit_rows(grad_out);
-    const Tensor o = with_unit_rows(out);
-    const Tensor l = torch::stable::contiguous(lse);
     const Tensor e = with_unit_rows(residual);
-    p.set_results(o, l, e);
-    OptionalTensor gl;
-    if (grad_lse) gl = torch::stable::contiguous(*grad_lse);
-    AttentionGrad g{};
-    g.grad_out = view_of(go);
-    if (gl) g.grad_lse = float_data(*gl, "grad_lse");
-    g.grad_query = view_of(d_query);
-    g.grad_key = view_of(d_key);
-    g.grad_value = view_of(d_value);
+    if (e.numel() > 0) p.a.residual = view_of(e);
+    AttentionGrad& g = grad.g;
     if (need_mask_grad) {
       g.grad_mask = static_cast<float*>(d_mask.data_ptr());
       auto stride = [&](int64_t dim) { return d_mask.size(dim) == 1 ? 0 : d_mask.stride(dim); };
@@ -252,7 +265,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const std::vector<int64_t> batch_axis{0};
   if (need_alibi_grad && alibi_slopes->dim() == 1) d_alibi = torch::stable::sum(d_alibi, batch_axis);
   if (need_sinks_grad) d_sinks = torch::stable::sum(d_sinks, batch_axis);
-  return {d_query, d_key, d_value, d_mask, d_alibi, d_distance, d_sinks, d_rel_h, d_rel_w};
+  return {grad.d_query, grad.d_key, grad.d_value, d_mask, d_alibi, d_distance, d_sinks, d_rel_h, d_rel_w};
+}
+
+// Calls without options: `forward` and `backward` with nothing but what they need.
+Options plain_options(double scale, int64_t causal) {
+  Options options{};
+  options.scale = scale, options.causal = causal, options.window_left = options.window_right = -1;
+  return options;
+}
+
+std::tuple<Tensor, Tensor> plain_forward(Tensor query, Tensor key, Tensor value, double scale, int64_t causal) {
+  Prepared p(query, key, value, plain_options(scale, causal));
+  Tensor out = empty_in_order_of(query, p.a.head_dim_v);
+  Tensor lse = empty_floats(query, {p.a.batch, p.a.heads_q, p.a.seqlen_q});
+  if (lse.numel() > 0) {
+    p.set_results(out, lse);
+    Call call(p.work());
+    XF_KERNELS(attention_kernels).forward(p.a, call.pool());
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> plain_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
+                                                  Tensor out, Tensor lse, double scale, int64_t causal) {
+  Prepared p(query, key, value, plain_options(scale, causal));
+  PreparedGrad grad(p, grad_out, grad_lse, query, key, value, out, lse);
+  if (lse.numel() == 0) {
+    torch::stable::zero_(grad.d_key), torch::stable::zero_(grad.d_value);
+  } else {
+    Call call(2.5 * p.work());
+    XF_KERNELS(attention_kernels).backward(p.a, grad.g, call.pool());
+  }
+  return {grad.d_query, grad.d_key, grad.d_value};
 }
 
 #define XFORMER_FAST_ATTENTION_OPTIONS                                                                                    \
@@ -272,9 +317,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(xformer_fast, m) {
       "Tensor lse, Tensor residual, " XFORMER_FAST_ATTENTION_OPTIONS
       ", bool need_mask_grad, bool need_alibi_grad, bool need_distance_grad, bool need_sinks_grad, "
       "bool need_decomposed_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_cpu_plain(Tensor query, Tensor key, Tensor value, float scale, int causal) -> (Tensor, Tensor)");
+  m.def(
+      "attention_cpu_plain_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, float scale, int causal) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xformer_fast, CPU, m) {
   m.impl("attention_cpu", TORCH_BOX(&xformer_fast::forward));
   m.impl("attention_cpu_backward", TORCH_BOX(&xformer_fast::backward));
+  m.impl("attention_cpu_plain", TORCH_BOX(&xformer_fast::plain_forward));
+  m.impl("attention_cpu_plain_backward", TORCH_BOX(&xformer_fast::plain_backward));
 }

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   a.left = window_left < 0 ? kNoLimit : window_left;
   a.right = 0;
   Tensor out = empty_in_order_of(query, a.head_dim_v);
-  Tensor lse = torch::stable::new_empty(query, {a.batch, a.heads_q, a.seqlen_q}, ScalarType::Float);
+  Tensor lse = empty_floats(query, {a.batch, a.heads_q, a.seqlen_q});
   if (lse.numel() > 0) {
     a.out = view_of(out);
     a.lse = static_cast<float*>(lse.data_ptr());

@@ -112,6 +112,8 @@ inline Tensor with_unit_rows(const Tensor& t) {
   return t.dim() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // int32 or int64 vector to int64 values.
 inline std::vector<int64_t> integers(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1, "xformer_fast: ", name, " must be one-dimensional");
@@ -126,13 +128,32 @@ inline std::vector<int64_t> integers(const Tensor& t, const char* name) {
   return values;
 }
 
+// As torch::stable::new_empty, through the unboxed entry of torch's C interface: small tensors cost a call, and no more.
+inline Tensor empty_of(int32_t dtype, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  int32_t strided = aoti_torch_layout_strided(), cpu = aoti_torch_device_type_cpu();
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
+                                                          &strided, &cpu, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+inline Tensor empty_as(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {  // in its dtype
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_of(dtype, like, sizes);
+}
+
+inline Tensor empty_floats(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return empty_of(aoti_torch_dtype_float32(), like, sizes);
+}
+
 // An output with the memory order of `like`: (B, H, S, D) contiguous, or a transposed view of (B, S, H, D); packed (T, H, D).
 inline Tensor empty_in_order_of(const Tensor& like, int64_t last) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
+  if (like.dim() == 3) return empty_as(like, {like.size(0), like.size(1), last});
   const int64_t b = like.size(0), h = like.size(1), s = like.size(2);
   if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(like, {b, s, h, last}), 1, 2);
-  return torch::stable::new_empty(like, {b, h, s, last});
+    return torch::stable::transpose(empty_as(like, {b, s, h, last}), 1, 2);
+  return empty_as(like, {b, h, s, last});
 }
 
 // A result that glibc maps afresh at each call (from 32 MiB on) is filled between page faults, which cost several times what

@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_forward(Tensor query, Tensor k
   Prepared p(query, key, value,
              {key_lengths, cu_seqlens, decay, initial_kv, initial_z, feature_map, causal, normalize, eps, scale});
   LinearAttention& a = p.a;
-  auto floats = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(query, shape, ScalarType::Float); };
+  auto floats = [&](std::initializer_list<int64_t> shape) { return empty_floats(query, shape); };
   Tensor out = empty_in_order_of(query, a.head_dim_v);
   Tensor denominator = query.dim() == 3 ? floats({query.size(1), query.size(0)}) : floats({query.size(0), query.size(1), query.size(2)});
   Tensor kv = return_state ? floats({a.batch, a.heads_q, a.head_dim, a.head_dim_v}) : floats({0});
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   Prepared p(query, key, value,
              {key_lengths, cu_seqlens, decay, initial_kv, initial_z, feature_map, causal, normalize, eps, scale});
   LinearAttention& a = p.a;
-  auto floats = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(query, shape, ScalarType::Float); };
+  auto floats = [&](std::initializer_list<int64_t> shape) { return empty_floats(query, shape); };
   Tensor d_query = empty_in_order_of(query, a.head_dim);
   Tensor d_key = empty_in_order_of(key, a.head_dim);
   Tensor d_value = empty_in_order_of(value, a.head_dim_v);

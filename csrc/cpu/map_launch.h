@@ -23,9 +23,9 @@ inline Tensor empty_map_in_order_of(const Tensor& like, int64_t last) {
   Sizes shape;
   for (int64_t i = 0; i < like.dim() - 1; ++i) shape.push_back(like.size(i));
   shape.push_back(last);
-  if (like.stride(axes + 1) <= like.stride(1)) return torch::stable::new_empty(like, shape);
+  if (like.stride(axes + 1) <= like.stride(1)) return empty_as(like, shape);
   for (int64_t i = axes + 1; i > 1; --i) std::swap(shape[i], shape[i - 1]);
-  Tensor out = torch::stable::new_empty(like, shape);
+  Tensor out = empty_as(like, shape);
   for (int64_t i = 1; i <= axes; ++i) out = torch::stable::transpose(out, i, i + 1);
   return out;
 }

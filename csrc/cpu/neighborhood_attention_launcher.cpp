@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor quer
   const Tensor d_out = with_unit_rows(grad_out);
   Tensor d_query = empty_map_in_order_of(query, p.a.head_dim), d_key = empty_map_in_order_of(key, p.a.head_dim),
          d_value = empty_map_in_order_of(value, p.a.head_dim_v);
-  Tensor d_table = need_table_grad ? torch::stable::new_empty(*table, Sizes(table->sizes().begin(), table->sizes().end()))
-                                   : torch::stable::new_empty(query, {0}, ScalarType::Float);
+  Tensor d_table = need_table_grad ? empty_as(*table, Sizes(table->sizes().begin(), table->sizes().end()))
+                                   : empty_floats(query, {0});
   if (d_query.numel() == 0) return {d_query, d_key, d_value, torch::stable::fill_(d_table, 0.0)};
   for (const Tensor& t : {d_query, d_key, d_value}) prefer_huge_pages(t);
   NeighborhoodAttentionGrad g;

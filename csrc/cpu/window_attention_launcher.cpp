@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor d_query = empty_map_in_order_of(query, p.a.head_dim), d_key = empty_map_in_order_of(key, p.a.head_dim),
          d_value = empty_map_in_order_of(value, p.a.head_dim_v);
   const auto zeros_like = [&](const OptionalTensor& t, bool wanted) {
-    Tensor g = wanted ? torch::stable::new_empty(*t, Sizes(t->sizes().begin(), t->sizes().end()))
-                      : torch::stable::new_empty(query, {0}, ScalarType::Float);
+    Tensor g = wanted ? empty_as(*t, Sizes(t->sizes().begin(), t->sizes().end()))
+                      : empty_floats(query, {0});
     return torch::stable::fill_(g, 0.0);
   };
   Tensor d_table = zeros_like(table, need_table_grad), d_bias = zeros_like(bias, need_bias_grad),

@@ -51,6 +51,14 @@ class Call:
     global_keys: int | Tensor | None = None
     decomposed_bias: tuple[Tensor, Tensor] | None = None
 
+    def is_plain(self) -> bool:
+        """Whether query, key, value, scale and causal say all."""
+        return (
+            self.mask is self.window is self.key_lengths is self.rope is self.alibi_slopes is self.relative_bias
+            is self.sinks is self.cu_seqlens_q is self.global_keys is self.decomposed_bias is None
+            and not self.softcap and self.dropout_p == 0
+        )  # fmt: skip
+
 
 def attention(
     query: Tensor,
@@ -153,14 +161,12 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 16, 64])
     """
     checks.check_tensors(query=query, key=key, value=value)
-    dims = query.dim()
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not 2 <= tensor.dim() <= 5:
-            raise ValueError(f"{name} must have two to five dimensions, got shape {tuple(tensor.shape)}")
-        dims = max(dims, tensor.dim())
-    if dims == 4 and query.dim() == key.dim() == value.dim() and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        q, k, v, lead = query, key, value, None
-    else:
+    q, k, v, dims, lead = query, key, value, 4, query.shape[:-2]
+    if len(lead) != 2 or not lead == key.shape[:-2] == value.shape[:-2]:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not 2 <= tensor.dim() <= 5:
+                raise ValueError(f"{name} must have two to five dimensions, got shape {tuple(tensor.shape)}")
+        dims = max(query.dim(), key.dim(), value.dim())
         q, k, v, lead = _broadcast_heads(query, key, value, dims, enable_gqa)
     mask = attn_mask
     if mask is not None:
@@ -174,9 +180,7 @@ def scaled_dot_product_attention(
             mask = (mask if mask.dim() == 5 else mask.expand(lead[0], *mask.shape)).flatten(0, 1)
     causal = "top_left" if is_causal else False
     out = attention(q, k, v, mask=mask, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
-    if lead is None:
-        return out
-    return out.reshape(*lead, *out.shape[-2:])
+    return out if out.shape[:-2] == lead else out.reshape(*lead, *out.shape[-2:])
 
 
 def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
@@ -277,9 +281,6 @@ def _dense_call(
     checks.check_qkv(query, key, value, "(B, H, S, D)")
     batch, heads, len_q, _ = query.shape
     len_k = key.shape[2]
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, query has {batch}: they must be equal")
     if mask is not None:
         checks.check_mask(mask, batch, heads, len_q, len_k, query.device)
     call = Call(query, key, value, mask, causal, window, key_lengths, rope, alibi_slopes, relative_bias, *rest)
@@ -374,10 +375,15 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
     """Runs a checked call on a registered operator: what kernels do not take is composed before it."""
 
     def run(call: Call):
-        query, key, mask, causal = call.query, call.key, call.mask, call.causal
+        query, key, value, mask = call.query, call.key, call.value, call.mask
         rel_h, rel_w = call.decomposed_bias or (None, None)
-        checks.refuse_forward_ad("attention", query, key, call.value, mask, call.alibi_slopes, call.sinks, rel_h, rel_w)
-        top_left = causal == "top_left"
+        checks.refuse_forward_ad("attention", query, key, value, mask, call.alibi_slopes, call.sinks, rel_h, rel_w)
+        top_left = call.causal == "top_left"
+        causal = operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if call.causal else operator.NOT_CAUSAL
+        scale = query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+        if kernels.plain is not None and _may_run_plain(call):
+            out, lse = _run_plain(kernels.plain, query, key, value, scale, causal)
+            return (out, lse) if call.return_lse else out
         if call.rope is not None:
             if call.cu_seqlens_q is None:
                 query, key = call.rope.rotate(query, key, top_left=top_left)
@@ -404,7 +410,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         arguments = (
             query,
             key,
-            call.value,
+            value,
             mask,
             call.key_lengths,
             call.cu_seqlens_q,
@@ -418,10 +424,10 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             None if rel_w is None else rel_w.float(),
             call.max_seqlen_q,
             call.max_seqlen_k,
-            query.shape[-1] ** -0.5 if call.scale is None else float(call.scale),
+            scale,
             float(call.softcap or 0.0),
             float(call.dropout_p),
-            operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL,
+            causal,
             left,
             right,
             sums or sinks is not None or call.dropout_p > 0,
@@ -430,17 +436,33 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         if torch.compiler.is_compiling():
             out, lse, _ = kernels.forward(*arguments)
         else:
-            out, lse, _ = _run_eagerly(kernels, arguments)
+            out, lse, _ = _run_eagerly(kernels, arguments, sums or _any_requires_grad((query, key, value)))
         return (out, lse) if call.return_lse else out
 
     return run
 
 
-def _run_eagerly(kernels: operator.Operator, arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _may_run_plain(call: Call) -> bool:
+    return (
+        call.is_plain()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _run_plain(plain: operator.PlainOperator, query, key, value, scale, causal) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return plain.eager.apply(query, key, value, scale, causal)
+    with torch._C._AutoDispatchBelowAutograd():
+        return plain.forward(query, key, value, scale, causal)
+
+
+def _run_eagerly(kernels: operator.Operator, arguments, requires_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if torch._C._are_functorch_transforms_active():
             return kernels.transformed.apply(*arguments)
-        if torch.is_grad_enabled() and _any_requires_grad(arguments):
+        if requires_grad and torch.is_grad_enabled():
             if torch.is_autocast_enabled(arguments[0].device.type):
                 return kernels.forward(*arguments)
             return kernels.eager.apply(*arguments)
@@ -458,7 +480,7 @@ def _any_requires_grad(arguments) -> bool:
 
 
 def _cpu_unsupported(call: Call) -> str | None:
-    if call.query.device.type != "cpu":
+    if not call.query.is_cpu:
         return f"tensors are on {call.query.device}, not on the CPU"
     return kernel_limits(call.query, call.value, 512)
 

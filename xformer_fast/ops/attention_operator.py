@@ -6,6 +6,9 @@ from a half-precision out, wanted (save_residual) where the backward's row sums 
 dropout, with sinks, and, there with weights that are not rounded either (exact_weights), for gradients that are sums of
 many dS. A registered gradient of the backward makes double backward work
 in eager mode: it recomputes through the reference formula.
+
+`xformer_fast::attention_<backend>_plain` and `…_plain_backward`, where a backend has them, are the same pair for eager
+calls without options: at the smallest shapes, arguments and results that say nothing cost as much as the work.
 """
 
 from collections.abc import Callable
@@ -54,6 +57,14 @@ class Operator(NamedTuple):
     forward: Callable
     eager: type[torch.autograd.Function]  # the operator's own autograd wrapper costs 100 us a call more; no autocast
     transformed: type[torch.autograd.Function]  # what torch.func's transforms take, and no other
+    plain: "PlainOperator | None" = None
+
+
+class PlainOperator(NamedTuple):
+    """(query, key, value, scale, causal) -> (out, lse), for eager calls outside autocast and torch.func."""
+
+    forward: Callable  # below autograd
+    eager: type[torch.autograd.Function]
 
 
 def register(backend: str) -> Operator:
@@ -65,19 +76,20 @@ def register(backend: str) -> Operator:
 
     backward_twin = _twin(backward, _save_backward, _second_order)
 
+    def run_backward(*arguments):
+        if _is_first_order():
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward(*arguments)
+        return (backward_twin.apply if torch._C._are_functorch_transforms_active() else backward)(*arguments)
+
     def first_order(ctx, grad_out, grad_lse, _):
         query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 8, 9)]
         needs.append(ctx.needs_input_grad[12] or ctx.needs_input_grad[13])
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        arguments = grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs
-        if torch._C._are_functorch_transforms_active():
-            grads = backward_twin.apply(*arguments)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-            grads = backward(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = backward(*arguments)
+        grads = run_backward(
+            grad_out, grad_lse, query, key, value, out, lse, residual, *auxiliary, *ctx.numbers, *needs
+        )
         needs.append(needs[-1])  # rel_h and rel_w come together
         mask, slopes, distances, sinks, *rel = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
         return *grads[:3], mask, None, None, None, slopes, distances, sinks, None, None, *rel, *[None] * 10
@@ -95,7 +107,56 @@ def register(backend: str) -> Operator:
 
     members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(first_order)}
     eager = type(f"{forward.name()}::eager", (torch.autograd.Function,), members)
-    return Operator(forward, eager, _twin(forward, _save_forward, first_order))
+    return Operator(forward, eager, _twin(forward, _save_forward, first_order), _register_plain(backend, run_backward))
+
+
+def _register_plain(backend: str, run_backward: Callable) -> PlainOperator | None:
+    if not hasattr(torch.ops.xformer_fast, f"attention_{backend}_plain"):
+        return None
+    forward = getattr(torch.ops.xformer_fast, f"attention_{backend}_plain").default
+    backward = getattr(torch.ops.xformer_fast, f"attention_{backend}_plain_backward").default
+    torch.library.register_fake(forward, _plain_fake, lib=_LIBRARY)
+    torch.library.register_fake(backward, _plain_backward_fake, lib=_LIBRARY)
+
+    def forward_eagerly(ctx, query, key, value, scale, causal):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = forward(query, key, value, scale, causal)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.numbers = scale, causal
+        return out, lse
+
+    def first_order(ctx, grad_out, grad_lse):
+        query, key, value, out, lse = ctx.saved_tensors
+        scale, causal = ctx.numbers
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        gradients = grad_out, grad_lse, query, key, value, out, lse
+        if _is_first_order():
+            with torch._C._AutoDispatchBelowAutograd():
+                return *backward(*gradients, scale, causal), None, None
+        options = [None] * TENSOR_OPTIONS
+        numbers = query.shape[2], key.shape[2], scale, 0.0, 0.0, causal, -1, -1
+        grads = run_backward(
+            *gradients, empty_residual(query, value.shape[-1], False), *options, *numbers, *[False] * 5
+        )
+        return *grads[:3], None, None
+
+    members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(first_order)}
+    return PlainOperator(forward, type(f"{forward.name()}::eager", (torch.autograd.Function,), members))
+
+
+def _is_first_order() -> bool:
+    """Whether nothing looks at a backward that runs: no second differentiation, no transform, no tracing."""
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not observed and not torch._C._are_functorch_transforms_active()
+
+
+def _plain_fake(query, key, value, scale, causal):
+    return in_order_of(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _plain_backward_fake(grad_out, grad_lse, query, key, value, out, lse, scale, causal):
+    return tuple(in_order_of(t, t.shape[-1]) for t in (query, key, value))
 
 
 def _twin(operator, setup_context, backward) -> type[torch.autograd.Function]:

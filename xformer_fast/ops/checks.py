@@ -1,6 +1,7 @@
 """Argument checks that ops share: ValueError or TypeError, naming the argument, what it was and what it must be."""
 
 import itertools
+import math
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,18 +17,24 @@ def check_tensors(**tensors):
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str):
-    """Types, devices, head counts and head dims of query, key and value; `layout` is "(B, H, S, D)" or "(T, H, D)"."""
+    """Types, devices and agreeing sizes of query, key and value; `layout` is "(B, H, S, D)" or "(T, H, D)"."""
     check_tensors(query=query, key=key, value=value)
     q, k, v, dims = query.shape, key.shape, value.shape, layout.count(",") + 1
-    for name, tensor, shape in (("query", query, q), ("key", key, k), ("value", value, v)):
-        if len(shape) != dims:
-            raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{name} is {tensor.dtype}, query is {query.dtype}: outside autocast they must be equal")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: they must share a device")
+    dtype, device = query.dtype, query.device
+    alike = len(q) == len(k) == len(v) == dims and dtype == key.dtype == value.dtype
+    if not (alike and dtype in FLOATS and device == key.device == value.device):
+        for name, tensor, shape in (("query", query, q), ("key", key, k), ("value", value, v)):
+            if len(shape) != dims:
+                raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
+            if tensor.dtype not in FLOATS:
+                raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+            if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
+                raise TypeError(f"{name} is {tensor.dtype}, query is {dtype}: outside autocast they must be equal")
+            check_device(name, tensor, device)
+    if dims == 4:
+        for name, shape in (("key", k), ("value", v)):
+            if shape[0] != q[0]:
+                raise ValueError(f"{name} has batch {shape[0]}, query has {q[0]}: they must be equal")
     heads, sequence = 1, (2 if dims == 4 else 0)
     if k[heads] != v[heads]:
         raise ValueError(f"value has {v[heads]} heads, key has {k[heads]}: they must be equal")
@@ -164,17 +171,22 @@ def check_sinks(sinks, heads, device):
 
 
 def check_numbers(scale, softcap, dropout_p):
-    for name, number in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if number is None and name != "dropout_p":
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if scale is not None and not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if softcap is not None and not 0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be positive and finite (0 or None: none), got {softcap}")
+    if scale is not None:
+        check_number("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, got {scale}")
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not 0 <= softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite (0 or None: none), got {softcap}")
+    check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+
+
+def check_number(name: str, number):
+    if isinstance(number, bool) or not isinstance(number, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
 
 
 def refuse_forward_ad(op: str, *tensors):

@@ -168,9 +168,6 @@ def _checked(query, key, value, *options) -> Call:
         batch = call.cu_seqlens.shape[0] - 1
     else:
         batch = query.shape[0]
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.shape[0] != batch:
-                raise ValueError(f"{name} has batch {tensor.shape[0]}, query has {batch}: they must be equal")
     for name in ("causal", "normalize", "return_state"):
         if not isinstance(getattr(call, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(call, name)!r}")
