@@ -87,11 +87,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward_kernel(c
           for (int e = 0; e < 4; ++e) scores.of[m][j][e] = keep >> e & 1 ? scores.of[m][j][e] : 0.f;
         }
     }
-    add_weighted_rows(out, scores, value_tile, column);
-    if (kOptions && a.exact_weights && sizeof(T) == 2) {
-      scores.for_each([&](float& w, int, int) { w -= rounded<T>(w); });
-      add_weighted_rows(out, scores, value_tile, column);
-    }
+    add_weighted_rows(out, scores, value_tile, column, kOptions && a.exact_weights);
   }
   wait_for_copies<0>();
 
@@ -139,7 +135,7 @@ cudaError_t run_half_width(const CudaAttention& a, void* stream) {
   const int64_t width = a.head_dim > a.head_dim_v ? a.head_dim : a.head_dim_v;
   if (width <= 64) return run<Shape<T, 64, 2, 4, 64>>(a, stream);
   if (width <= 128) return run<Shape<T, 128, 2, 4, 32>>(a, stream);
-  return run<Shape<T, 256, 1, 4, 64>>(a, stream);
+  return run<Shape<T, 256, 1, 4, 32>>(a, stream);
 }
 
 cudaError_t run_float(const CudaAttention& a, void* stream) {
