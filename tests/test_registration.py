@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import arguments, draw, evaluate, formula
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
@@ -71,8 +72,7 @@ def test_one_operator_a_direction(name):
     public = xformer_fast.varlen_attention if case.packed else xformer_fast.attention
     with Recorder() as recorder:
         evaluate(case, public)
-    forward = "attention_cpu_plain" if name == "plain" else "attention_cpu"
-    assert recorder.names() == [forward, f"{forward}_backward"]
+    assert recorder.names() == ["attention_cpu", "attention_cpu_backward"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,12 +83,10 @@ def test_plain_operators_have_the_same_bits(lengths, causal, dtype):
     (len_q, len_k), results = lengths, []
     q, k, v = torch.randn(2, 4, len_q, 24), torch.randn(2, 2, len_k, 24), torch.randn(2, len_k, 2, 40).transpose(1, 2)
     leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-    for window, operator in ((None, "attention_cpu_plain"), ((-1, -1), "attention_cpu")):
-        with Recorder() as recorder:
-            out, lse = xformer_fast.attention(*leaves, causal=causal, window=window, scale=0.3, return_lse=True)
-            weights = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype), torch.ones_like(lse)
-            grads = torch.autograd.grad((out, lse), leaves, weights)
-        assert recorder.names() == [operator, f"{operator}_backward"]
+    for window in (None, (-1, -1)):
+        out, lse = xformer_fast.attention(*leaves, causal=causal, window=window, scale=0.3, return_lse=True)
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype), torch.ones_like(lse)
+        grads = torch.autograd.grad((out, lse), leaves, weights)
         with torch.no_grad():
             assert torch.equal(out, xformer_fast.attention(*leaves, causal=causal, window=window, scale=0.3))
         results.append((out, lse, *grads))
@@ -121,7 +119,90 @@ def test_a_call_crosses_little_else():
         out = xformer_fast.attention(q, q.detach(), q.detach(), causal=True)
         torch.autograd.grad(out, q, torch.ones(1, 2, 8, 16))
     ours = [n for n in names if n.split("::")[1] not in ("detach", "ones", "view", "alias")]
-    assert ours == ["xformer_fast::attention_cpu_plain", "xformer_fast::attention_cpu_plain_backward"]
+    assert ours == ["xformer_fast::attention_cpu", "xformer_fast::attention_cpu_backward"]
+
+
+def test_an_unwatched_call_without_options_takes_the_plain_operators():
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(xformer_fast.attention(q, q, q, causal=True).sum(), q)
+    ours = [event.key for event in profile.key_averages() if event.key.startswith("xformer_fast::")]
+    assert {"xformer_fast::attention_cpu_plain", "xformer_fast::attention_cpu_plain_backward"} <= set(ours)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [make_fx, lambda f: lambda *args: torch.jit.trace(f, args)], ids=["make_fx", "jit"])
+def test_traced_graphs_have_gradients_and_autocast(trace):
+    def function(q, k, v):
+        return xformer_fast.attention(q, k, v, causal=True)
+
+    inputs = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    traced = trace(function)(*inputs)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    for ours, eager in zip(torch.autograd.grad(traced(*leaves).square().sum(), leaves), wanted, strict=True):
+        assert torch.equal(ours, eager)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = traced(inputs[0].bfloat16(), *inputs[1:])
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+MAP = (1, 4, 4, 2, 8)
+THREE_INPUTS = {
+    "attention": (lambda q, k, v: xformer_fast.attention(q, k, v), (1, 2, 9, 8)),
+    "attention with options": (lambda q, k, v: xformer_fast.attention(q, k, v, window=(3, 3)), (1, 2, 9, 8)),
+    "linear_attention": (lambda q, k, v: xformer_fast.linear_attention(q, k, v), (1, 2, 9, 8)),
+    "window_attention": (lambda q, k, v: xformer_fast.window_attention(q, k, v, 2), MAP),
+    "neighborhood_attention": (lambda q, k, v: xformer_fast.neighborhood_attention(q, k, v, 3), MAP),
+}
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+@pytest.mark.parametrize("place", range(3), ids=["query", "key", "value"])
+def test_float64_beside_other_types_is_refused_under_autocast(op, place):
+    run, shape = THREE_INPUTS[op]
+    inputs = [torch.randn(shape) for _ in range(3)]
+    inputs[place] = inputs[place].double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="float64"):
+        run(*inputs)
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+def test_operators_refuse_memory_of_another_type(op):
+    """What the public functions never let through: kernels would read it as query's type."""
+    run, shape = THREE_INPUTS[op]
+    inputs = [torch.randn(shape) for _ in range(3)]
+    function, args = recorded(lambda: run(*inputs))[0]
+    with pytest.raises(RuntimeError, match="must have query's dtype"):
+        function(args[0], args[1].double(), *args[2:])
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+def test_forward_mode_ad_through_a_backward_raises(op):
+    run, shape = THREE_INPUTS[op]
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    out = run(*inputs)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.autograd.grad(out, inputs, tangent)
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+def test_results_are_no_views(op):
+    """Of tensors in any memory order: what is a view may not be changed in place wherever another tensor may."""
+    run, shape = THREE_INPUTS[op]
+    if shape == MAP:  # heads outside of space in memory
+        inputs = [torch.randn(1, 2, 4, 4, 8).movedim(1, -2) for _ in range(3)]
+    else:
+        inputs = [torch.randn(1, 9, 2, 8).transpose(1, 2) for _ in range(3)]
+    with torch.no_grad():
+        out = run(*inputs)
+    assert not out._is_view() and out.stride() == inputs[0].stride()
+    out += torch.ones((), requires_grad=True)
+    leaves = [t.requires_grad_() for t in inputs]
+    out = run(*leaves)
+    assert not out._is_view() and not any(g._is_view() for g in torch.autograd.grad(out.sum(), leaves))
 
 
 # ---- compile

@@ -24,12 +24,12 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    epochs: int = 16
+    epochs: int = 40
     batch: int = 64
     images: int | None = None
     vit: tuple[int, int, int] = (64, 4, 4)  # dim, depth, heads
     swin: tuple[int, tuple[int, int], tuple[int, int]] = (48, (2, 2), (3, 6))  # dim, depths, heads
-    lr: float = 1e-3
+    lr: float = 2e-3
 
 
 SMOKE = Sizes(epochs=1, batch=8, images=20, vit=(16, 1, 2), swin=(16, (1, 1), (1, 2)))

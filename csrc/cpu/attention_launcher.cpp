@@ -49,6 +49,8 @@ struct Prepared {
       : query(with_unit_rows(q)), key(with_unit_rows(k)), value(with_unit_rows(v)) {
     const bool packed = q.dim() == 3;
     a.element = element_of(q, "query");
+    check_type_of(k, q, "key");
+    check_type_of(v, q, "value");
     a.heads_q = q.size(1);
     a.heads_kv = k.size(1);
     a.head_dim = q.size(-1);
@@ -206,6 +208,7 @@ struct PreparedGrad {
         grad_out(with_unit_rows(d_out)),
         out(with_unit_rows(o)),
         lse(as_contiguous(l)) {
+    check_type_of(d_out, query, "grad_out");
     p.set_results(out, lse);
     g.grad_out = view_of(grad_out);
     if (d_lse) {

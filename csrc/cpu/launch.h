@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -102,6 +103,11 @@ inline Element element_of(const Tensor& t, const char* name) {
   }
 }
 
+// Kernels take the element type of query for all of them.
+inline void check_type_of(const Tensor& t, const Tensor& query, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == query.scalar_type(), "xformer_fast: ", name, " must have query's dtype");
+}
+
 inline const float* float_data(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "xformer_fast: ", name, " must be float32");
   return static_cast<const float*>(t.data_ptr());
@@ -147,12 +153,29 @@ inline Tensor empty_floats(const Tensor& like, torch::headeronly::IntHeaderOnlyA
   return empty_of(aoti_torch_dtype_float32(), like, sizes);
 }
 
+using Sizes = std::vector<int64_t>;
+
+// Memory order[0] outermost. Not a transposed view of a contiguous tensor: autograd would take note of the view.
+inline Tensor empty_in_order(const Tensor& like, const Sizes& sizes, const Sizes& order) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]] > 0 ? sizes[order[i]] : 1;
+  }
+  using torch::stable::detail::from;
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  std::array<StableIValue, 7> stack{from(like), from(IntHeaderOnlyArrayRef(sizes)), from(IntHeaderOnlyArrayRef(strides)),
+                                    from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // An output with the memory order of `like`: (B, H, S, D) contiguous, or a transposed view of (B, S, H, D); packed (T, H, D).
 inline Tensor empty_in_order_of(const Tensor& like, int64_t last) {
   if (like.dim() == 3) return empty_as(like, {like.size(0), like.size(1), last});
   const int64_t b = like.size(0), h = like.size(1), s = like.size(2);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(empty_as(like, {b, s, h, last}), 1, 2);
+  if (like.stride(1) < like.stride(2)) return empty_in_order(like, {b, h, s, last}, {0, 2, 1, 3});
   return empty_as(like, {b, h, s, last});
 }
 

@@ -27,6 +27,8 @@ struct Prepared {
   Prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o)
       : query(with_unit_rows(q)), key(with_unit_rows(k)), value(with_unit_rows(v)) {
     a.element = element_of(q, "query");
+    check_type_of(k, q, "key");
+    check_type_of(v, q, "value");
     a.map = static_cast<FeatureMap>(o.feature_map);
     a.heads_q = q.size(1);
     a.heads_kv = k.size(1);
@@ -125,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_backward(
   Tensor d_decay = need_decay ? floats({a.batch, a.heads_q}) : floats({0});
   Tensor d_kv = need_initial ? floats({a.batch, a.heads_q, a.head_dim, a.head_dim_v}) : floats({0});
   Tensor d_z = need_initial ? floats({a.batch, a.heads_q, a.head_dim}) : floats({0});
+  check_type_of(grad_out, query, "grad_out");
   Tensor d_out = with_unit_rows(grad_out), o = with_unit_rows(out);
   OptionalTensor g_kv, g_z;
   if (grad_kv) g_kv = torch::stable::contiguous(*grad_kv);

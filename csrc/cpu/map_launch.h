@@ -5,8 +5,6 @@
 
 namespace xformer_fast {
 
-using Sizes = std::vector<int64_t>;
-
 inline MapView map_view(const Tensor& t) {
   const int64_t axes = t.dim() - 3;
   MapView view;
@@ -24,10 +22,10 @@ inline Tensor empty_map_in_order_of(const Tensor& like, int64_t last) {
   for (int64_t i = 0; i < like.dim() - 1; ++i) shape.push_back(like.size(i));
   shape.push_back(last);
   if (like.stride(axes + 1) <= like.stride(1)) return empty_as(like, shape);
-  for (int64_t i = axes + 1; i > 1; --i) std::swap(shape[i], shape[i - 1]);
-  Tensor out = empty_as(like, shape);
-  for (int64_t i = 1; i <= axes; ++i) out = torch::stable::transpose(out, i, i + 1);
-  return out;
+  Sizes order{0, axes + 1};
+  for (int64_t i = 1; i <= axes; ++i) order.push_back(i);
+  order.push_back(axes + 2);
+  return empty_in_order(like, shape, order);
 }
 
 }  // namespace xformer_fast

@@ -20,6 +20,8 @@ struct Prepared {
                     "xformer_fast: neighborhood_attention: query must be (B, *space, H, D) with one kernel, dilation and "
                     "causal an axis");
     a.element = element_of(q, "query");
+    check_type_of(k, q, "key");
+    check_type_of(v, q, "value");
     a.batch = q.size(0);
     a.heads = q.size(axes + 1);
     a.heads_kv = k.size(axes + 1);
@@ -77,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor quer
                                                     OptionalTensor table, Sizes kernel, Sizes dilation, Sizes causal,
                                                     double scale, bool need_table_grad) {
   Prepared p(query, key, value, table, kernel, dilation, causal, scale);
+  check_type_of(grad_out, query, "grad_out");
   const Tensor d_out = with_unit_rows(grad_out);
   Tensor d_query = empty_map_in_order_of(query, p.a.head_dim), d_key = empty_map_in_order_of(key, p.a.head_dim),
          d_value = empty_map_in_order_of(value, p.a.head_dim_v);

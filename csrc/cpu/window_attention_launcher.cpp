@@ -19,6 +19,8 @@ struct Prepared {
                         static_cast<int64_t>(shift.size()) == axes,
                     "xformer_fast: window_attention: query must be (B, *space, H, D) with one window side and shift an axis");
     a.element = element_of(q, "query");
+    check_type_of(k, q, "key");
+    check_type_of(v, q, "value");
     a.batch = q.size(0);
     a.heads = q.size(axes + 1);
     a.head_dim = q.size(axes + 2);
@@ -76,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor table, OptionalTensor bias,
     OptionalTensor logit_scale, Sizes window, Sizes shift, bool grid, double scale, bool need_table_grad, bool need_bias_grad, bool need_scale_grad) {
   Prepared p(query, key, value, table, bias, logit_scale, window, shift, grid, scale);
+  check_type_of(grad_out, query, "grad_out");
   const Tensor d_out = with_unit_rows(grad_out);
   Tensor d_query = empty_map_in_order_of(query, p.a.head_dim), d_key = empty_map_in_order_of(key, p.a.head_dim),
          d_value = empty_map_in_order_of(value, p.a.head_dim_v);

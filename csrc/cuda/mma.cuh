@@ -270,6 +270,19 @@ __device__ __forceinline__ Left<float> weights_left(const Sums<M, kColumns>& w, 
   return left;
 }
 
+// What rounding takes of the numbers of weights_left.
+template <class T, int M, int kColumns>
+__device__ __forceinline__ Left<T> weights_rest(const Sums<M, kColumns>& w, int m, int depth, const Left<T>& left) {
+  Left<T> rest;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* of = w.of[m][2 * depth + i / 2] + i % 2 * 2;
+    const float2 rounded = unpaired(left.of[i], T{});
+    rest.of[i] = pair(of[0] - rounded.x, of[1] - rounded.y, T{});
+  }
+  return rest;
+}
+
 // The transpose of rows row..row + kDepth - 1, columns column..column + 15: their columns are the fragment's rows. float32: in the
 // order of load_right.
 template <class T, int kRows, int kWidth>
@@ -311,9 +324,24 @@ __device__ __forceinline__ void add_product(Sums<M, kColumns>& sums, const TileA
   }
 }
 
-// sums += w b, w rounded to the tile's type; columns column.. of b.
+// sums += left b, rows row..row + kDepth - 1 and columns column.. of b.
+template <int M, int kWidth, class Tile>
+__device__ __forceinline__ void add_rows(Sums<M, kWidth>& sums, const Left<typename Tile::T> (&left)[M], const Tile& b, int row,
+                                         int column) {
+#pragma unroll
+  for (int j = 0; j < kWidth / 16; ++j) {
+    const Right<typename Tile::T> right = load_right(b, row, column + 16 * j);
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int which = 0; which < 2; ++which) multiply(sums.of[m][2 * j + which], left[m], right, which);
+  }
+}
+
+// sums += w b, w rounded to the tile's type; columns column.. of b. exact: what rounding takes of w is a product of its own.
 template <int M, int kWidth, int kColumns, class Tile>
-__device__ __forceinline__ void add_weighted_rows(Sums<M, kWidth>& sums, const Sums<M, kColumns>& w, const Tile& b, int column) {
+__device__ __forceinline__ void add_weighted_rows(Sums<M, kWidth>& sums, const Sums<M, kColumns>& w, const Tile& b, int column,
+                                                  bool exact = false) {
   using T = typename Tile::T;
   static_assert(Tile::kRows == kColumns && Tile::kWidth >= kWidth);
 #pragma unroll
@@ -321,14 +349,13 @@ __device__ __forceinline__ void add_weighted_rows(Sums<M, kWidth>& sums, const S
     Left<T> left[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) left[m] = weights_left(w, m, depth, T{});
+    add_rows(sums, left, b, depth * kDepth<T>, column);
+    if constexpr (sizeof(T) == 2)
+      if (exact) {
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j) {
-      const Right<T> right = load_right(b, depth * kDepth<T>, column + 16 * j);
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int which = 0; which < 2; ++which) multiply(sums.of[m][2 * j + which], left[m], right, which);
-    }
+        for (int m = 0; m < M; ++m) left[m] = weights_rest(w, m, depth, left[m]);
+        add_rows(sums, left, b, depth * kDepth<T>, column);
+      }
   }
 }
 

@@ -448,6 +448,8 @@ def _may_run_plain(call: Call) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_any_autocast_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0  # what watches or records operators sees the one of all calls
+        and torch._C._get_tracing_state() is None
     )
 
 

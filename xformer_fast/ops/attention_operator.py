@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import checks
 
 OPTIONS = (
     "Tensor? mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
@@ -74,13 +75,7 @@ def register(backend: str) -> Operator:
     torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
 
-    backward_twin = _twin(backward, _save_backward, _second_order)
-
-    def run_backward(*arguments):
-        if _is_first_order():
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward(*arguments)
-        return (backward_twin.apply if torch._C._are_functorch_transforms_active() else backward)(*arguments)
+    run_backward = backward_runner("attention", backward, _twin(backward, _save_backward, _second_order))
 
     def first_order(ctx, grad_out, grad_lse, _):
         query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
@@ -97,7 +92,7 @@ def register(backend: str) -> Operator:
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
-        _register_autocast(forward, device)
+        register_autocast(forward, device)
 
     def forward_eagerly(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
@@ -118,13 +113,17 @@ def _register_plain(backend: str, run_backward: Callable) -> PlainOperator | Non
     torch.library.register_fake(forward, _plain_fake, lib=_LIBRARY)
     torch.library.register_fake(backward, _plain_backward_fake, lib=_LIBRARY)
 
-    def forward_eagerly(ctx, query, key, value, scale, causal):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward(query, key, value, scale, causal)
+    def save(ctx, inputs, output):
+        *tensors, scale, causal = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(*tensors, *output)
         ctx.numbers = scale, causal
-        return out, lse
+
+    def forward_eagerly(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
 
     def first_order(ctx, grad_out, grad_lse):
         query, key, value, out, lse = ctx.saved_tensors
@@ -132,6 +131,7 @@ def _register_plain(backend: str, run_backward: Callable) -> PlainOperator | Non
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         gradients = grad_out, grad_lse, query, key, value, out, lse
         if _is_first_order():
+            checks.refuse_forward_ad("attention", *gradients)
             with torch._C._AutoDispatchBelowAutograd():
                 return *backward(*gradients, scale, causal), None, None
         options = [None] * TENSOR_OPTIONS
@@ -141,8 +141,23 @@ def _register_plain(backend: str, run_backward: Callable) -> PlainOperator | Non
         )
         return *grads[:3], None, None
 
+    torch.library.register_autograd(forward, first_order, setup_context=save, lib=_LIBRARY)
+    register_autocast(forward, backend)
     members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(first_order)}
     return PlainOperator(forward, type(f"{forward.name()}::eager", (torch.autograd.Function,), members))
+
+
+def backward_runner(op: str, backward: Callable, twin: type[torch.autograd.Function]) -> Callable:
+    """Runs the backward of an operator; `twin` is what torch.func's transforms take."""
+
+    def run(*arguments):
+        checks.refuse_forward_ad(op, *arguments)
+        if _is_first_order():
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward(*arguments)
+        return (twin.apply if torch._C._are_functorch_transforms_active() else backward)(*arguments)
+
+    return run
 
 
 def _is_first_order() -> bool:
@@ -275,7 +290,8 @@ class _Distances:
         return self.values[:, first : first + max(len_q + len_k - 1, 0)]
 
 
-def _register_autocast(forward, device: str):
+def register_autocast(forward, device: str):
+    """Casts query, key and value to the dtype of autocast, as torch does its own attention: float64 stays."""
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
     excluded = torch._C.DispatchKeySet(key)
 

@@ -26,10 +26,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str):
         for name, tensor, shape in (("query", query, q), ("key", key, k), ("value", value, v)):
             if len(shape) != dims:
                 raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
-            if tensor.dtype not in FLOATS:
-                raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-            if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
-                raise TypeError(f"{name} is {tensor.dtype}, query is {dtype}: outside autocast they must be equal")
+            check_dtype(name, tensor, dtype)
             check_device(name, tensor, device)
     if dims == 4:
         for name, shape in (("key", k), ("value", v)):
@@ -46,6 +43,18 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, layout: str):
         raise ValueError(f"query and value must have head_dim >= 1, got {q[-1]} and {v[-1]}")
     if k[sequence] != v[sequence]:
         raise ValueError(f"value has {v[sequence]} keys, key has {k[sequence]}: they must be equal")
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, whose="query is"):
+    """Autocast, which would make float types equal, leaves float64 as it is."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.dtype == dtype:
+        return
+    if torch.float64 in (tensor.dtype, dtype) or not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"{name} is {tensor.dtype}, {whose} {dtype}: they must be equal (under autocast too, where one is float64)"
+        )
 
 
 def check_causal(causal):

@@ -8,10 +8,9 @@ registered gradient of the backward makes double backward work in eager mode, th
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from .. import feature_maps, reference
-from .attention_operator import _LIBRARY, _save_backward, _twin, in_order_of
+from .attention_operator import _LIBRARY, _save_backward, _twin, backward_runner, in_order_of, register_autocast
 
 OPTIONS = (
     "Tensor? key_lengths, Tensor? cu_seqlens, Tensor? decay, Tensor? initial_kv, Tensor? initial_z, int feature_map, "
@@ -44,7 +43,7 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
     backward = getattr(torch.ops.xformer_fast, f"linear_attention_{backend}_backward").default
     torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-    backward_twin = _twin(backward, _save_backward, _second_order)
+    run_backward = backward_runner("linear_attention", backward, _twin(backward, _save_backward, _second_order))
 
     def first_order(ctx, grad_out, grad_kv, grad_z, grad_denominator):
         query, key, value, out, denominator, *auxiliary = ctx.saved_tensors
@@ -58,8 +57,7 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
                 denominator.new_zeros(shape) if grad is None else grad
                 for grad, shape in zip((grad_kv, grad_z), shapes, strict=True)
             )
-        run = backward_twin.apply if torch._C._are_functorch_transforms_active() else backward
-        grads = run(
+        grads = run_backward(
             grad_out, grad_kv, grad_z, query, key, value, out, denominator, *auxiliary, *ctx.numbers[:-1], *needs
         )
         decay = grads[3] if needs[0] else None
@@ -69,7 +67,7 @@ def register(backend: str) -> tuple[Callable, type[torch.autograd.Function]]:
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
-        _register_autocast(forward, device)
+        register_autocast(forward, device)
     return forward, _twin(forward, _save_forward, first_order)
 
 
@@ -157,15 +155,3 @@ def _second_order(ctx, *grad_grads):
         if ctx.needs_input_grad[places[name]]:
             result[places[name]] = grad
     return tuple(result)
-
-
-def _register_autocast(forward, device: str):
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    excluded = torch._C.DispatchKeySet(key)
-
-    def autocast(query: Tensor, key: Tensor, value: Tensor, *options):
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return forward(*(t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)), *options)
-
-    _LIBRARY.impl(forward, autocast, "AutocastCPU" if device == "cpu" else "AutocastCUDA")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .attention_operator import Operator, _twin
-from .window_operator import _register_autocast, in_order_of
+from .attention_operator import Operator, _twin, backward_runner, register_autocast
+from .window_operator import in_order_of
 
 OPTIONS = (
     "Tensor query, Tensor key, Tensor value, Tensor? table, int[] kernel, int[] dilation, int[] causal, float scale"
@@ -38,24 +38,17 @@ def register(backend: str) -> Operator:
     backward = getattr(torch.ops.xformer_fast, f"neighborhood_attention_{backend}_backward").default
     torch.library.register_fake(forward, lambda q, k, v, *rest: in_order_of(q, v.shape[-1]), lib=_LIBRARY)
     torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-    backward_twin = _twin(backward, _save_backward, _second_order)
+    run_backward = backward_runner("neighborhood_attention", backward, _twin(backward, _save_backward, _second_order))
 
     def first_order(ctx, grad_out):
         need_table_grad = ctx.needs_input_grad[_TENSORS - 1]
-        arguments = grad_out, *ctx.saved_tensors, *ctx.options, need_table_grad
-        if torch._C._are_functorch_transforms_active():
-            grads = backward_twin.apply(*arguments)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-            grads = backward(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = backward(*arguments)
+        grads = run_backward(grad_out, *ctx.saved_tensors, *ctx.options, need_table_grad)
         return *grads[:3], grads[3] if need_table_grad else None, None, None, None, None
 
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
-        _register_autocast(forward, device)
+        register_autocast(forward, device)
 
     def forward_eagerly(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
 from .attention_operator import in_order_of
 
 OPTIONS = "int[]? sections, bool interleaved, bool inverse"
@@ -55,11 +56,13 @@ def register(backend: str) -> Operators:
     )
 
     def turn_back(ctx, grad):
+        checks.refuse_forward_ad("apply_rope", grad)
         cos, sin, positions = ctx.saved_tensors
         run = one_twin.apply if torch._C._are_functorch_transforms_active() else one
         return run(grad, cos, sin, positions, ctx.first, *_inverse(ctx.options)), *[None] * 7
 
     def turn_both_back(ctx, grad_query, grad_key):
+        checks.refuse_forward_ad("apply_rope", grad_query, grad_key)
         cos, sin, *positions = ctx.saved_tensors
         options, grads = _inverse(ctx.options), (grad_query, grad_key)
         functorch = torch._C._are_functorch_transforms_active()

@@ -112,10 +112,7 @@ def _checked(query, key, value, window_size, shift, table, bias, logit_scale, pa
             f"query must be (B, *space, H, D) with one to three axes of space, got shape {tuple(query.shape)}"
         )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dtype not in checks.FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{name} is {tensor.dtype}, query is {query.dtype}: outside autocast they must be equal")
+        checks.check_dtype(name, tensor, query.dtype)
         checks.check_device(name, tensor, query.device)
         if tensor.dim() != query.dim() or tensor.shape[:-1] != query.shape[:-1]:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .attention_operator import Operator, _twin
+from .attention_operator import Operator, _twin, backward_runner, register_autocast
 
 OPTIONS = "Tensor? table, Tensor? bias, Tensor? logit_scale, int[] window, int[] shift, bool grid, float scale"
 FORWARD_SCHEMA = f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> Tensor"
@@ -38,25 +38,18 @@ def register(backend: str) -> Operator:
     backward = getattr(torch.ops.xformer_fast, f"window_attention_{backend}_backward").default
     torch.library.register_fake(forward, lambda q, k, v, *rest: in_order_of(q, v.shape[-1]), lib=_LIBRARY)
     torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-    backward_twin = _twin(backward, _save_backward, _second_order)
+    run_backward = backward_runner("window_attention", backward, _twin(backward, _save_backward, _second_order))
 
     def first_order(ctx, grad_out):
         needs = ctx.needs_input_grad[3:_TENSORS]
-        arguments = grad_out, *ctx.saved_tensors, *ctx.options, *needs
-        if torch._C._are_functorch_transforms_active():
-            grads = backward_twin.apply(*arguments)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-            grads = backward(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = backward(*arguments)
+        grads = run_backward(grad_out, *ctx.saved_tensors, *ctx.options, *needs)
         rest = (g if need else None for g, need in zip(grads[3:], needs, strict=True))
         return *grads[:3], *rest, None, None, None, None
 
     torch.library.register_autograd(forward, first_order, setup_context=_save_forward, lib=_LIBRARY)
     torch.library.register_autograd(backward, _second_order, setup_context=_save_backward, lib=_LIBRARY)
     for device in ("cpu", "cuda"):
-        _register_autocast(forward, device)
+        register_autocast(forward, device)
 
     def forward_eagerly(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
@@ -119,15 +112,3 @@ def _second_order(ctx, *grad_grads):
     for i, grad in zip(places, second, strict=True):
         grads[i] = grad
     return tuple(grads)
-
-
-def _register_autocast(forward, device: str):
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    excluded = torch._C.DispatchKeySet(key)
-
-    def autocast(query, key, value, *options):
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return forward(*(t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)), *options)
-
-    _LIBRARY.impl(forward, autocast, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
