@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from xformer_fast.layers import Positions, RotaryPositions
+from xformer_fast.layers import Positions, RotaryPositions, SinusoidalPositions
 from xformer_fast.models import GPT
 
 from . import corpus
@@ -43,11 +44,19 @@ SMOKE = Sizes(
 )  # fmt: skip
 
 
+class ScaledSinusoids(SinusoidalPositions):
+    """Beside embeddings times √dim (Vaswani et al., 2017): unscaled ones are lost beside sinusoids of 1."""
+
+    def forward(self, x: Tensor, start: Tensor | int = 0) -> Tensor:
+        return super().forward(x * self.dim**0.5, start)
+
+
 def train(run: Run, scheme: str) -> tuple[GPT, list[dict]]:
     sizes, text = run.sizes, corpus.source()[0]
     torch.manual_seed(0)
+    positions = ScaledSinusoids(sizes.dim) if scheme == "sinusoidal" else scheme
     model = GPT(
-        256, dim=sizes.dim, depth=sizes.depth, num_heads=sizes.num_heads, max_length=sizes.length, positions=scheme
+        256, dim=sizes.dim, depth=sizes.depth, num_heads=sizes.num_heads, max_length=sizes.length, positions=positions
     ).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), sizes.lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes.lr, total_steps=sizes.steps, pct_start=0.1)
