@@ -24,7 +24,7 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    epochs: int = 40
+    epochs: int = 24
     batch: int = 64
     images: int | None = None
     vit: tuple[int, int, int] = (64, 4, 4)  # dim, depth, heads
