@@ -194,7 +194,19 @@ def widened(q, k, v, added):
     return ((q[:1] @ k[:1].transpose(-2, -1)) + added).softmax(-1) @ v
 
 
+def capped(q, k, v, _):
+    """Scores that a number was added to: softmax alone takes no notice of it."""
+    return (((q @ k.transpose(-2, -1) + 2.0) * 0.5).tanh() * 3).softmax(-1) @ v
+
+
+def capped_in_float32(q, k, v, factor):
+    scores = (1.5 + (q @ k.transpose(-2, -1)).float()) * factor.exp()
+    return scores.view(BATCH * HEADS, LEN_Q, LEN_K).clamp(min=0.0).softmax(-1).view(BATCH, HEADS, LEN_Q, LEN_K) @ v
+
+
 OTHERS = {
+    "capped": (capped, None),
+    "capped_in_float32": (capped_in_float32, bias(HEADS, 1, 1)),
     "talking_heads": (talking_heads, bias(HEADS, HEADS)),
     "over_queries": (over_queries, None),
     "weights_used_twice": (weights_used_twice, None),

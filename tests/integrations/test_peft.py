@@ -56,6 +56,7 @@ def test_lora(name, before, tmp_path, proof):
     if not before:
         assert xformer_fast.patch(patched).count == 2
     assert "xformer_fast" in patched.base_model.model.config._attn_implementation
+    assert patched.config is patched.base_model.model.config
     errors = check_equal(reference, patched, run)
     when = "patched before wrapping" if before else "patched after wrapping"
     proof("peft", f"LoRA on {name}, {when}", 2, ["right padding"], [errors])

@@ -122,6 +122,16 @@ def test_compile(name):
         assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-4)
 
 
+def test_defaults_of_keyword_only_arguments_stay():
+    class Scaled(Attention):
+        def forward(self, x, *, scale=0.5):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+    x = torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(1))
+    check_equal(*twins(disturb(Scaled(24, num_heads=4)), 1), lambda model: model(x))
+
+
 def test_dropout_reaches_the_op():
     patched = twins(Attention(24, num_heads=4, attn_drop=0.5), 1)[1]
     x = torch.randn(2, 11, 24)

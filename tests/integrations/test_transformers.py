@@ -532,6 +532,67 @@ def test_models_of_several_configs():
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
+def test_models_made_from_one_config():
+    config = transformers.BertConfig(**BASE, attn_implementation="sdpa")
+    first, second = transformers.BertModel(config), transformers.BertModel(config)
+
+    def implementations():
+        return [x._attn_implementation for x in (first.config, second.config, config)]
+
+    def consistent(model):
+        return all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+
+    xformer_fast.patch(first)
+    assert implementations() == ["xformer_fast", "sdpa", "sdpa"] and consistent(first)
+    xformer_fast.patch(second, backend="reference")
+    assert implementations() == ["xformer_fast", "xformer_fast_reference", "sdpa"]
+    xformer_fast.unpatch(first)
+    assert implementations() == ["sdpa", "xformer_fast_reference", "sdpa"]
+    xformer_fast.unpatch(second)
+    assert implementations() == ["sdpa"] * 3
+    assert consistent(first) and consistent(second) and first.config is not second.config
+
+
+def test_models_in_one_module_made_from_one_config():
+    config = transformers.BertConfig(**BASE, attn_implementation="eager")
+    outer = torch.nn.ModuleList([transformers.BertModel(config), transformers.BertModel(config)])
+    xformer_fast.patch(outer)
+    xformer_fast.unpatch(outer[0])
+    assert [model.config._attn_implementation for model in outer] == ["eager", "xformer_fast"]
+
+
+def test_configs_stay_nested_and_keep_what_was_changed():
+    model = make("CLIPModel", {"text_config": BASE, "vision_config": IMAGE, "projection_dim": 8}, "eager")
+    config = model.config
+    for change in (xformer_fast.patch, xformer_fast.unpatch):
+        change(model)
+        assert model.config is not config
+        assert model.text_model.config is model.config.text_config
+        assert model.vision_model.config is model.config.vision_config
+    with xformer_fast.patched(model):
+        model.config.text_config.pad_token_id = 7
+    assert model.text_model.config.pad_token_id == 7 and config.text_config.pad_token_id != 7
+    assert model.text_model.config._attn_implementation == "eager"
+
+
+def test_a_model_inside_another_is_patched_too():
+    model = build("llama")
+    inputs = tokens()
+
+    def implementations():
+        return [x.config._attn_implementation for x in (model, model.model, model.model.layers[0].self_attn)]
+
+    for first, then in ((model.model, model), (model, model.model)):
+        xformer_fast.patch(first)
+        xformer_fast.patch(then, backend="reference")
+        assert implementations()[1:] == ["xformer_fast_reference"] * 2
+        model(**inputs)
+        xformer_fast.unpatch(model)
+        assert implementations() == ["sdpa"] * 3
+        xformer_fast.unpatch(model.model)
+        assert implementations() == ["sdpa"] * 3
+
+
 def test_what_cannot_be_patched_is_told():
     report = xformer_fast.patch(torch.nn.Linear(2, 2))
     assert report.count == 0 and "transformers" in report.skipped[""]

@@ -45,7 +45,9 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     call scaled_dot_product_attention or compute their scores themselves, and blocks of theirs that cut maps into
     windows; torch.nn.MultiheadAttention, in nn.Transformer and its layers too. `backend` holds for this model alone;
     None takes the default of each call. Where that default would be `reference` on a GPU a module is left as it was.
-    Patching again, say with another backend, is fine.
+    Patching again, say with another backend, is fine. A model of transformers gets configs of its own, copies that it
+    keeps after `unpatch`: others that were made from the same config object are left alone. If it is wrapped (peft),
+    patch the wrapper, whose `config` then stays the model's.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.

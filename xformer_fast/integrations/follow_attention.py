@@ -31,18 +31,19 @@ _HIDES = -1e4  # what is filled in with at most this number is masked
 
 
 class Scores(Followed):
-    """query @ key^T · scale + biases; query (*lead, Sq, D), key (*lead, Sk, D), tensors or tokens that were moved.
+    """query @ key^T · scale + shift + biases; query (*lead, Sq, D), key (*lead, Sk, D), tensors or tokens that moved.
 
     With `cosine` query and key stand for their unit vectors, and `factor`, a tensor that broadcasts over keys, is part
-    of the scale. A bias is a tensor that broadcasts to the scores, bool (True attends) or added, or a `Bias`. `cast` is
-    the dtype that the host gave the scores; the kernels choose their own precision.
+    of the scale. `shift` is a number: softmax takes no notice of it, other functions do. A bias is a tensor that
+    broadcasts to the scores, bool (True attends) or added, or a `Bias`. `cast` is the dtype that the host gave the
+    scores; the kernels choose their own precision.
     """
 
     weights = True
 
-    def __init__(self, trace: Trace, query, key, scale=1.0, biases=(), cosine=False, factor=None, cast=None):
-        self.trace, self.query, self.key, self.scale, self.biases = trace, query, key, scale, biases
-        self.cosine, self.factor, self.cast = cosine, factor, cast
+    def __init__(self, trace: Trace, query, key, scale=1.0, shift=0.0, biases=(), cosine=False, factor=None, cast=None):
+        self.trace, self.query, self.key, self.scale, self.shift = trace, query, key, scale, shift
+        self.biases, self.cosine, self.factor, self.cast = biases, cosine, factor, cast
 
     @property
     def shape(self):
@@ -57,7 +58,7 @@ class Scores(Followed):
         return self.query.device
 
     def but(self, **changes) -> "Scores":
-        names = ("query", "key", "scale", "biases", "cosine", "factor", "cast")
+        names = ("query", "key", "scale", "shift", "biases", "cosine", "factor", "cast")
         return Scores(self.trace, **{name: getattr(self, name) for name in names} | changes)
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,7 @@ class Scores(Followed):
         query, key = self.operands()
         scores = query @ key.transpose(-1, -2) * self.scale
         scores = scores if self.cast is None else scores.to(self.cast)
+        scores = scores + self.shift if self.shift else scores
         lowest = torch.finfo(scores.dtype).min
         for bias in map(real, self.biases):
             scores = scores.masked_fill(~bias, lowest) if bias.dtype == torch.bool else scores + bias
@@ -79,13 +81,13 @@ class Scores(Followed):
     def on_mul(self, a, b):
         x = b if a is self else a
         if isinstance(x, Tensor):
-            if x.dim() > len(self.shape) or (x.dim() and x.shape[-1] != 1):
+            if x.dim() > len(self.shape) or (x.dim() and x.shape[-1] != 1) or self.shift:
                 return NotImplemented
             scaled = {"factor": x if self.factor is None else self.factor * x}
         elif isinstance(x, Followed):
             return NotImplemented
         else:
-            scaled = {"scale": self.scale * x}
+            scaled = {"scale": self.scale * x, "shift": self.shift * x}
         if any(isinstance(bias, Followed) or bias.dtype == torch.bool for bias in self.biases):
             return NotImplemented
         return self.but(**scaled, biases=tuple(bias * x for bias in self.biases))
@@ -95,8 +97,8 @@ class Scores(Followed):
 
     def on_add(self, a, b, **kwargs):
         bias = b if a is self else a
-        if isinstance(bias, int | float):
-            return self  # softmax takes no notice
+        if isinstance(bias, int | float) and not kwargs:
+            return self.but(shift=self.shift + bias)
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
         fits = (
             part.shape == self.shape if isinstance(part, Decomposed) else isinstance(part, Bias) or self._takes(part)

@@ -36,6 +36,7 @@ def _recipe(cls: type, backend: str | None) -> dict:
         scope = {key: stand_ins.get(id(value), value) for key, value in method.__globals__.items()}
         scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
         bound = types.FunctionType(method.__code__, scope, name, method.__defaults__, method.__closure__)
+        bound.__kwdefaults__ = method.__kwdefaults__
         members[name] = functools.update_wrapper(bound, method)
     if any("fused_attn" in method.__code__.co_names for method in members.values()):
         members["fused_attn"] = property(lambda self: True)

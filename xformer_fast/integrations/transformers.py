@@ -29,6 +29,7 @@ Not done: attention weights (`output_attentions`), head masks, sparse indices, c
 raise, as does any option that is not known to be harmless.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -418,18 +419,18 @@ class Record:
 
 
 def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
-    for prefix, host in _outermost(model):
-        _patch_pretrained(prefix, host, backend, report)
+    for name, host in _outermost(model):
+        _patch_pretrained(model, name, host, backend, report)
 
 
 def unpatch_model(model: nn.Module):
-    for _, host in _outermost(model):
-        record = host.__dict__.pop(_RECORD, None)
+    for host in reversed([*model.modules()]):  # a model inside another one that is patched was patched after it
+        record = vars(host).pop(_RECORD, None)
         for name, implementation in record.before.items() if record is not None else ():
             _assign(host.get_submodule(name), implementation)
 
 
-def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
+def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
     attentions = {name: module for name, module in host.named_modules() if _uses_interface(module)}
     owners: dict[int, tuple[str, PreTrainedModel]] = {}  # the first model of each config, outer before inner
     for name, module in host.named_modules():
@@ -439,14 +440,17 @@ def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, r
     followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
-    record = getattr(host, _RECORD, None)
-    before = record.before if record else {name: _implementations(owner.config) for name, owner in owners.values()}
     if followed or not all(reasons.values()):
+        if _RECORD not in vars(host):
+            _own_configs(root, path, host)
+        unpatch_model(host)
+        before = {name: _implementations(owner.config) for name, owner in owners.values()}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
             wanted = FOLLOWED if name in followed else before[name] if reasons[name] else implementation
             _assign(owner, wanted)
 
+    prefix = f"{path}." if path else ""
     for name, module in attentions.items():
         owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
         if getattr(module, "config", host.get_submodule(owner).config)._attn_implementation == implementation:
@@ -460,13 +464,28 @@ def _patch_pretrained(prefix: str, host: PreTrainedModel, backend: str | None, r
                 report.skipped[prefix + name] = "computes its attention itself, not through AttentionInterface"
 
 
+def _own_configs(root: nn.Module, path: str, host: PreTrainedModel):
+    """Gives `host`, at `path` in `root`, copies of its configs: other models may be made from the same objects.
+
+    Each object has one copy, for all modules of `host`, for configs that hold it, and for wrappers around `host` (as
+    peft's). The model keeps them when it is unpatched, and so what was changed in them.
+    """
+    copies = {}
+    inside = [(module, True) for module in host.modules()]
+    around = [(module, False) for name, module in root.named_modules() if name != path and _inside(path, name)]
+    for module, is_ours in inside + around:
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and (is_ours or id(value) in copies):
+                vars(module)[key] = copy.deepcopy(value, copies)
+
+
 def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """(name prefix, module) of each PreTrainedModel in `model` that lies in no other one."""
+    """(name, module) of each PreTrainedModel in `model` that lies in no other one."""
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not any(_inside(name, outer) for outer in found):
             found.append(name)
-            yield f"{name}." if name else "", module
+            yield name, module
 
 
 def _inside(name: str, outer: str) -> bool:
