@@ -47,32 +47,35 @@ class Table:
         return [backend.name for backend in self.backends]
 
     def choose(self, call, name: str | None) -> Backend:
-        name = name or DEFAULT
-        if name is not None:
-            return self._named(call, name)
+        if name or DEFAULT:
+            backend = self._named(name)
+            if reason := backend.missing() or backend.unsupported(call):
+                raise BackendUnavailable(f"{self.op}: backend {backend.name!r} cannot run this call: {reason}")
+            return backend
         for backend in self.usable:
             if backend.unsupported(call) is None and backend.unproven(call) is None:
                 return backend
         raise BackendUnavailable(f"{self.op}: no backend runs this call: {self.reasons(call)}")
 
-    def _named(self, call, name: str) -> Backend:
+    def _named(self, name: str | None) -> Backend:
+        """The backend `name`, or that of XFORMER_FAST_BACKEND."""
         for backend in self.backends:
-            if backend.name == name:
-                reason = backend.missing() or backend.unsupported(call)
-                if reason:
-                    raise BackendUnavailable(f"{self.op}: backend {name!r} cannot run this call: {reason}")
+            if backend.name == (name or DEFAULT):
                 return backend
-        raise ValueError(f"backend must be one of {', '.join(self.names())} or None, got {name!r}")
+        names = ", ".join(self.names())
+        if name:
+            raise ValueError(f"backend must be one of {names} or None, got {name!r}")
+        raise ValueError(f"{self.op}: XFORMER_FAST_BACKEND must be one of {names}, got {DEFAULT!r}")
 
-    def reasons(self, call) -> dict[str, str]:
-        """Backend name -> why it is not chosen by default for this call, "" where nothing is against it."""
-        return {b.name: b.missing() or b.unsupported(call) or _passed_over(b, call) or "" for b in self.backends}
+    def reasons(self, call, name: str | None = None) -> dict[str, str]:
+        """Backend -> why it is not chosen for this call, "" where nothing is against it. name: as for `choose`."""
+        named = self._named(name) if name or DEFAULT else None
+        asked = f"backend={name!r} is asked for" if name else f"XFORMER_FAST_BACKEND={DEFAULT} is set"
 
+        def passed_over(backend: Backend) -> str | None:
+            return backend.unproven(call) if named is None else None if backend is named else asked
 
-def _passed_over(backend: Backend, call) -> str | None:
-    if DEFAULT is None:
-        return backend.unproven(call)
-    return None if backend.name == DEFAULT else f"XFORMER_FAST_BACKEND={DEFAULT} is set"
+        return {b.name: b.missing() or b.unsupported(call) or passed_over(b) or "" for b in self.backends}
 
 
 @functools.cache

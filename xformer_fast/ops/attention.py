@@ -269,9 +269,9 @@ def explain(function: Callable, *args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `attention(...)` or `varlen_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
+    backend = bound.arguments.pop("backend")
     build = _dense_call if function is attention else _packed_call
-    return TABLE.reasons(build(*bound.arguments.values()))
+    return TABLE.reasons(build(*bound.arguments.values()), backend)
 
 
 def _dense_call(

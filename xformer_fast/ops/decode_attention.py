@@ -137,8 +137,8 @@ def explain(*args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `decode_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(decode_attention).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
-    return TABLE.reasons(_checked(*bound.arguments.values()))
+    backend = bound.arguments.pop("backend")
+    return TABLE.reasons(_checked(*bound.arguments.values()), backend)
 
 
 def _checked(*arguments) -> Call:

@@ -154,8 +154,8 @@ def explain(*args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `linear_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(linear_attention).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
-    return TABLE.reasons(_checked(*bound.arguments.values()))
+    backend = bound.arguments.pop("backend")
+    return TABLE.reasons(_checked(*bound.arguments.values()), backend)
 
 
 def _checked(query, key, value, *options) -> Call:

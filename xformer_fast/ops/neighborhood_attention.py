@@ -92,7 +92,8 @@ def explain(
     query, key, value, kernel_size, *, dilation=1, causal=False, relative_bias_table=None, scale=None, backend=None
 ):
     """Backend -> why it would not be chosen for `neighborhood_attention(...)`; "" if nothing bars it."""
-    return TABLE.reasons(_checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale))
+    call = _checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale)
+    return TABLE.reasons(call, backend)
 
 
 def _checked(query, key, value, kernel_size, dilation, causal, table, scale) -> Call:

@@ -99,7 +99,7 @@ def explain(
     x, cos, sin, *, positions=None, sections=None, interleaved=False, inverse=False, inplace=False, backend=None
 ):
     """Backend -> why it would not be chosen for `apply_rope(...)`; "" if nothing bars it."""
-    return TABLE.reasons(_checked(x, cos, sin, positions, sections, interleaved, inverse, inplace))
+    return TABLE.reasons(_checked(x, cos, sin, positions, sections, interleaved, inverse, inplace), backend)
 
 
 def _checked(x, cos, sin, positions, sections, interleaved, inverse, inplace) -> Call:

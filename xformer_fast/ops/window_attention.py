@@ -99,9 +99,8 @@ def explain(
     partition="window", scale=None, backend=None,
 ):  # fmt: skip
     """Backend -> why it would not be chosen for `window_attention(...)`; "" if nothing bars it."""
-    return TABLE.reasons(
-        _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
-    )
+    call = _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
+    return TABLE.reasons(call, backend)
 
 
 def _checked(query, key, value, window_size, shift, table, bias, logit_scale, partition, scale) -> Call:
