@@ -1,4 +1,9 @@
-"""Which backend runs a call: a visible table an op, read top to bottom; no import-time swapping, no silent fallback."""
+"""Which backend runs a call: a visible table an op, read top to bottom; no import-time swapping, no silent fallback.
+
+Environment variables: XFORMER_FAST_BACKEND names the backend of every call that names none. Lengths, offsets, positions
+and page indices are checked by the CPU's kernels; GPU kernels clamp them, so that nothing waits for a GPU, and
+XFORMER_FAST_CHECK=1 has eager calls wait, read them first, and raise the CPU's ValueError.
+"""
 
 import functools
 import importlib.util
@@ -12,7 +17,9 @@ from typing import Any
 import torch
 
 TABLES: dict[str, "Table"] = {}
-DEFAULT = os.environ.get("XFORMER_FAST_BACKEND") or None  # read once: a graph must not depend on the environment
+# Read once: a graph must not depend on the environment.
+DEFAULT = os.environ.get("XFORMER_FAST_BACKEND") or None
+CHECK = os.environ.get("XFORMER_FAST_CHECK") == "1"
 
 
 class BackendUnavailable(RuntimeError):
@@ -36,15 +43,24 @@ class Backend:
 
 
 class Table:
-    """The backends of one op, in order of preference."""
+    """The backends of one op, in order of preference.
 
-    def __init__(self, op: str, backends: list[Backend]):
-        self.op, self.backends = op, backends
+    check_values(call): raises for a tensor's values that kernels cannot take, where they are readable.
+    """
+
+    def __init__(self, op: str, backends: list[Backend], check_values: Callable[[Any], None] = lambda call: None):
+        self.op, self.backends, self.check_values = op, backends, check_values
         self.usable = [backend for backend in backends if backend.missing() is None]
         TABLES[op] = self
 
     def names(self) -> list[str]:
         return [backend.name for backend in self.backends]
+
+    def run(self, call, name: str | None):
+        backend = self.choose(call, name)
+        if CHECK:
+            self.check_values(call)
+        return backend.run(call)
 
     def choose(self, call, name: str | None) -> Backend:
         if name or DEFAULT:

@@ -85,7 +85,7 @@ def neighborhood_attention(
     torch.Size([2, 14, 14, 4, 32])
     """
     call = _checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale)
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(

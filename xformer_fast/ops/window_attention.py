@@ -91,7 +91,7 @@ def window_attention(
     torch.Size([2, 56, 56, 3, 32])
     """
     call = _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(
