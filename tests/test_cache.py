@@ -122,3 +122,29 @@ def test_errors():
     assert cache.lengths.tolist() == [0, 0] and cache.free_pages == 5
     cache.attend(*part(whole, slice(None), slice(0, 6)))
     assert cache.free_pages == 1
+
+
+@pytest.mark.parametrize("tokens", [8, 20])  # through decode_attention, through attention
+def test_prompts_of_any_length_are_checked_alike(tokens):
+    query, key, value = sequence(1, tokens)
+    cache = KVCache(1, 2, 32, 40)
+    for name, tensors in {
+        "query": (query.clone().requires_grad_(), key, value),
+        "new_key": (query, key.clone().requires_grad_(), value),
+        "new_value": (query, key, value.clone().requires_grad_()),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} requires grad"):
+            cache.attend(*tensors)
+    slopes = torch.rand(4, requires_grad=True)
+    with pytest.raises(ValueError, match="alibi_slopes requires grad"):
+        cache.attend(query, key, value, alibi_slopes=slopes)
+    with pytest.raises(ValueError, match="new_key must be"):
+        cache.attend(query, key[:, :1], value[:, :1])
+    with pytest.raises(TypeError, match="dropout_p"):
+        cache.attend(query, key, value, dropout_p=0.5)
+    with pytest.raises(TypeError, match=r"query is torch.float32, the caches are torch.bfloat16"):
+        KVCache(1, 2, 32, 40, dtype=torch.bfloat16).attend(query, key, value)
+    assert cache.length(0) == 0 and not cache.key.any() and not cache.key.requires_grad
+    with torch.no_grad():
+        out = cache.attend(query.requires_grad_(), key, value, alibi_slopes=slopes, backend="reference")
+    assert out.shape == query.shape and cache.length(0) == tokens

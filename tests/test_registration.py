@@ -1,5 +1,7 @@
 """The operators as torch sees them: opcheck, compile, autocast, double backward, transforms, number of crossings."""
 
+import functools
+
 import pytest
 import torch
 from attention_cases import arguments, draw, evaluate, formula
@@ -498,3 +500,39 @@ def test_explain(monkeypatch):
     monkeypatch.setattr("xformer_fast.dispatch.DEFAULT", "reference")
     text = xformer_fast.explain("attention", q, q, q)
     assert "reference runs this call" in text and "XFORMER_FAST_BACKEND=reference" in text
+
+
+Q, PACKED, MAP = torch.randn(1, 2, 8, 16), torch.randn(8, 2, 16), torch.randn(1, 4, 4, 2, 16)
+CU, TABLE = torch.tensor([0, 8], dtype=torch.int32), torch.ones(8, 8)
+CALLS = {
+    "attention": (Q, Q, Q),
+    "varlen_attention": (PACKED, PACKED, PACKED, CU, CU, 8, 8),
+    "decode_attention": (Q, Q, Q, torch.tensor([8])),
+    "apply_rope": (Q, TABLE, TABLE),
+    "linear_attention": (Q, Q, Q),
+    "window_attention": (MAP, MAP, MAP, 2),
+    "neighborhood_attention": (MAP, MAP, MAP, 2),
+}
+
+
+@pytest.mark.parametrize("default", [None, "cpu"])
+@pytest.mark.parametrize("op", CALLS)
+def test_explain_of_a_backend_asked_for(op, default, monkeypatch):
+    monkeypatch.setattr("xformer_fast.dispatch.DEFAULT", default)
+    text = xformer_fast.explain(op, *CALLS[op], backend="reference")
+    assert text.startswith(f"{op}: reference runs this call")
+    assert "backend='reference' is asked for" in text and "XFORMER_FAST_BACKEND" not in text
+    doubles = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in CALLS[op]]
+    text = xformer_fast.explain(op, *doubles, backend="cpu")
+    assert text.startswith(f"{op}: no backend runs this call")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fast'"):
+        xformer_fast.explain(op, *CALLS[op], backend="fast")
+
+
+def test_a_default_that_an_op_lacks(monkeypatch):
+    monkeypatch.setattr("xformer_fast.dispatch.DEFAULT", "cuda")
+    words = "neighborhood_attention: XFORMER_FAST_BACKEND must be one of triton, cpu, reference, got 'cuda'"
+    for run in (xformer_fast.neighborhood_attention, functools.partial(xformer_fast.explain, "neighborhood_attention")):
+        with pytest.raises(ValueError, match=words):
+            run(*CALLS["neighborhood_attention"])
+    xformer_fast.neighborhood_attention(*CALLS["neighborhood_attention"], backend="reference")

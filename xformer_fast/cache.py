@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .ops.attention import attention
-from .ops.decode_attention import decode_attention
+from .ops.decode_attention import checked, decode_attention
 from .positions import DistanceBias
 
 _FEW_TOKENS = 16  # a longer prompt of an empty cache goes through attention
@@ -133,11 +133,20 @@ class KVCache:
         self.lengths = self.lengths[rows]
         self._lengths = [self._lengths[row] for row in sources]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, rows: list[int] | None = None, **options):
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        rows: list[int] | None = None,
+        backend: str | None = None,
+        **options,
+    ):
         """Appends key and value (B, Hkv, T, D) and attends from query (B, Hq, T, D), causally: one layer's step.
 
         rows: the cache rows of the B sequences; all that are in use, in order, by default. options: those of
-        `decode_attention` (window, rope, alibi_slopes, relative_bias, sinks, scale, softcap, return_lse, backend).
+        `decode_attention` (window, rope, alibi_slopes, relative_bias, sinks, scale, softcap, return_lse).
         """
         rows = [row for row in range(len(self._lengths)) if row not in self._unused] if rows is None else list(rows)
         self._check_rows(rows)
@@ -151,14 +160,16 @@ class KVCache:
         if every and self.page_size is None:
             table = None
         if tokens > _FEW_TOKENS and not any(self._lengths[row] for row in rows) and _fits_a_prompt(options):
-            out = attention(query, key, value, causal=True, **options)
+            checked(query, self.key, self.value, lengths, key, value, table, **options)
+            out = attention(query, key, value, causal=True, backend=backend, **options)
             if (rope := options.get("rope")) is not None:
                 _, key = rope.rotate_tokens(query, key, lengths)
             new = key.to(self.key.dtype), value.to(self.value.dtype)
             reference.kv_cache_append(self.key, self.value, *new, lengths, table)
         else:
             caches = self.key, self.value, lengths
-            out = decode_attention(query, *caches, new_key=key, new_value=value, block_table=table, **options)
+            new = {"new_key": key, "new_value": value, "block_table": table}
+            out = decode_attention(query, *caches, **new, backend=backend, **options)
         self.lengths[chosen] += tokens
         for row in rows:
             self._lengths[row] += tokens

@@ -1,4 +1,9 @@
-"""Which backend runs a call: a visible table an op, read top to bottom; no import-time swapping, no silent fallback."""
+"""Which backend runs a call: a visible table an op, read top to bottom; no import-time swapping, no silent fallback.
+
+Environment variables: XFORMER_FAST_BACKEND names the backend of every call that names none. Lengths, offsets, positions
+and page indices are checked by the CPU's kernels; GPU kernels clamp them, so that nothing waits for a GPU, and
+XFORMER_FAST_CHECK=1 has eager calls wait, read them first, and raise the CPU's ValueError.
+"""
 
 import functools
 import importlib.util
@@ -12,7 +17,9 @@ from typing import Any
 import torch
 
 TABLES: dict[str, "Table"] = {}
-DEFAULT = os.environ.get("XFORMER_FAST_BACKEND") or None  # read once: a graph must not depend on the environment
+# Read once: a graph must not depend on the environment.
+DEFAULT = os.environ.get("XFORMER_FAST_BACKEND") or None
+CHECK = os.environ.get("XFORMER_FAST_CHECK") == "1"
 
 
 class BackendUnavailable(RuntimeError):
@@ -36,43 +43,55 @@ class Backend:
 
 
 class Table:
-    """The backends of one op, in order of preference."""
+    """The backends of one op, in order of preference.
 
-    def __init__(self, op: str, backends: list[Backend]):
-        self.op, self.backends = op, backends
+    check_values(call): raises for a tensor's values that kernels cannot take, where they are readable.
+    """
+
+    def __init__(self, op: str, backends: list[Backend], check_values: Callable[[Any], None] = lambda call: None):
+        self.op, self.backends, self.check_values = op, backends, check_values
         self.usable = [backend for backend in backends if backend.missing() is None]
         TABLES[op] = self
 
     def names(self) -> list[str]:
         return [backend.name for backend in self.backends]
 
+    def run(self, call, name: str | None):
+        backend = self.choose(call, name)
+        if CHECK:
+            self.check_values(call)
+        return backend.run(call)
+
     def choose(self, call, name: str | None) -> Backend:
-        name = name or DEFAULT
-        if name is not None:
-            return self._named(call, name)
+        if name or DEFAULT:
+            backend = self._named(name)
+            if reason := backend.missing() or backend.unsupported(call):
+                raise BackendUnavailable(f"{self.op}: backend {backend.name!r} cannot run this call: {reason}")
+            return backend
         for backend in self.usable:
             if backend.unsupported(call) is None and backend.unproven(call) is None:
                 return backend
         raise BackendUnavailable(f"{self.op}: no backend runs this call: {self.reasons(call)}")
 
-    def _named(self, call, name: str) -> Backend:
+    def _named(self, name: str | None) -> Backend:
+        """The backend `name`, or that of XFORMER_FAST_BACKEND."""
         for backend in self.backends:
-            if backend.name == name:
-                reason = backend.missing() or backend.unsupported(call)
-                if reason:
-                    raise BackendUnavailable(f"{self.op}: backend {name!r} cannot run this call: {reason}")
+            if backend.name == (name or DEFAULT):
                 return backend
-        raise ValueError(f"backend must be one of {', '.join(self.names())} or None, got {name!r}")
+        names = ", ".join(self.names())
+        if name:
+            raise ValueError(f"backend must be one of {names} or None, got {name!r}")
+        raise ValueError(f"{self.op}: XFORMER_FAST_BACKEND must be one of {names}, got {DEFAULT!r}")
 
-    def reasons(self, call) -> dict[str, str]:
-        """Backend name -> why it is not chosen by default for this call, "" where nothing is against it."""
-        return {b.name: b.missing() or b.unsupported(call) or _passed_over(b, call) or "" for b in self.backends}
+    def reasons(self, call, name: str | None = None) -> dict[str, str]:
+        """Backend -> why it is not chosen for this call, "" where nothing is against it. name: as for `choose`."""
+        named = self._named(name) if name or DEFAULT else None
+        asked = f"backend={name!r} is asked for" if name else f"XFORMER_FAST_BACKEND={DEFAULT} is set"
 
+        def passed_over(backend: Backend) -> str | None:
+            return backend.unproven(call) if named is None else None if backend is named else asked
 
-def _passed_over(backend: Backend, call) -> str | None:
-    if DEFAULT is None:
-        return backend.unproven(call)
-    return None if backend.name == DEFAULT else f"XFORMER_FAST_BACKEND={DEFAULT} is set"
+        return {b.name: b.missing() or b.unsupported(call) or passed_over(b) or "" for b in self.backends}
 
 
 @functools.cache

@@ -32,8 +32,8 @@ def generate(
             token that every target begins with.
         eos: ends a sequence, and the call once all have it.
         temperature: 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), of the top_k
-            likeliest, of the fewest that hold top_p of the probability: Holtzman et al., "The Curious Case of Neural
-            Text Degeneration" (2020).
+            likeliest (None or 0: of all), of the fewest that hold top_p, in (0, 1], of the probability: Holtzman et
+            al., "The Curious Case of Neural Text Degeneration" (2020).
         beams: keep so many sequences and return the likeliest, its log probability divided by its new tokens to the
             power length_penalty, as transformers does with early_stopping=False.
         context: handed to the model at each call: memory, memory_lengths. Tensors have a row a prompt.
@@ -52,6 +52,10 @@ def generate(
         raise ValueError(f"tokens must be (B, S) with S at least 1, got {tuple(tokens.shape)}")
     if max_new_tokens < 1 or beams < 1:
         raise ValueError(f"max_new_tokens and beams must be at least 1, got {max_new_tokens} and {beams}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be at least 1, or None or 0 for no limit, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     if beams > 1 and temperature > 0:
         raise ValueError("beams are searched at temperature 0: drawing tokens is for beams=1")
     step = _Step(model, tokens, lengths, max_new_tokens, beams, context)
@@ -97,7 +101,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
     if temperature <= 0:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
-    if top_k is not None:
+    if top_k:
         logits[:, top_k:] = float("-inf")
     weights = logits.softmax(-1)
     weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)

@@ -380,8 +380,17 @@ class Cache:
 class Positions(nn.Module):
     """How tokens know their places: added to x (`forward`), or told to the op (`options`). This one: not at all.
 
-    Tables move with the module, but keep float32 when it becomes half.
+    Tables (`tables`, registered as buffers) move with the module, but keep float32 when it becomes half. A module that
+    was built on the meta device makes them anew where it gets memory.
     """
+
+    def register_tables(self):
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self) -> dict[str, Tensor]:
+        """What is computed from the arguments alone."""
+        return {}
 
     def forward(self, x: Tensor, start: Tensor | int = 0) -> Tensor:
         """x (B, S, C), whose first tokens stand at `start`, one number or (B,)."""
@@ -393,8 +402,12 @@ class Positions(nn.Module):
     def _apply(self, fn, recurse=True):
         tables = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
+        devices = {name: getattr(self, name).device for name in tables}
+        if any(table.is_meta and devices[name].type != "meta" for name, table in tables.items()):
+            with torch.device("cpu"):
+                tables = self.tables()
         for name, table in tables.items():
-            setattr(self, name, table.to(getattr(self, name).device))
+            setattr(self, name, table.to(devices[name]))
         return self
 
 
@@ -433,11 +446,16 @@ class RotaryPositions(Positions):
 
     def __init__(self, head_dim: int, max_length: int, *, base=10000.0, scaling=None, interleaved=False):
         super().__init__()
-        inv_freq, factor = rope_frequencies(head_dim, base=base, scaling=scaling, max_position_embeddings=max_length)
-        cos, sin = rope_tables(inv_freq, max_length, factor=factor)
-        self.interleaved = interleaved
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.head_dim, self.max_length = head_dim, max_length
+        self.base, self.scaling, self.interleaved = base, scaling, interleaved
+        self.register_tables()
+
+    def tables(self) -> dict[str, Tensor]:
+        inv_freq, factor = rope_frequencies(
+            self.head_dim, base=self.base, scaling=self.scaling, max_position_embeddings=self.max_length
+        )
+        cos, sin = rope_tables(inv_freq, self.max_length, factor=factor)
+        return {"cos": cos, "sin": sin}
 
     def options(self) -> dict:
         return {"rope": Rope(self.cos, self.sin, interleaved=self.interleaved)}
@@ -448,7 +466,11 @@ class AlibiPositions(Positions):
 
     def __init__(self, num_heads: int):
         super().__init__()
-        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+        self.num_heads = num_heads
+        self.register_tables()
+
+    def tables(self) -> dict[str, Tensor]:
+        return {"slopes": alibi_slopes(self.num_heads)}
 
     def options(self) -> dict:
         return {"alibi_slopes": self.slopes}

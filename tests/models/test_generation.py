@@ -95,7 +95,15 @@ class _Steps:
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"), [({}, 6), ({"top_k": 3}, 3), ({"top_p": 0.75}, 3), ({"top_k": 4, "top_p": 0.4}, 1)]
+    ("options", "kept"),
+    [
+        ({}, 6),
+        ({"top_k": 0}, 6),
+        ({"top_k": 9}, 6),
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.75}, 3),
+        ({"top_k": 4, "top_p": 0.4}, 1),
+    ],
 )
 def test_sampling_draws_from_the_distribution(options, kept):
     weights = torch.tensor([0.05, 0.4, 0.02, 0.25, 0.2, 0.08])
@@ -145,6 +153,9 @@ def test_errors():
     for wrong, words in (
         ({"max_new_tokens": 0}, "max_new_tokens and beams must be at least 1, got 0 and 1"),
         ({"max_new_tokens": 3, "beams": 2, "temperature": 1.0}, "beams are searched at temperature 0"),
+        ({"max_new_tokens": 3, "temperature": 1.0, "top_k": -1}, "top_k must be at least 1, or None or 0 .* got -1"),
+        ({"max_new_tokens": 3, "temperature": 1.0, "top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"max_new_tokens": 3, "temperature": 1.0, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
     ):
         with pytest.raises(ValueError, match=words):
             generate(model, tokens, **wrong)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xformer_fast
 from xformer_fast import layers
 from xformer_fast.layers import Attention, FeedForward, Prefix, Residual, Stack, TransformerLayer
+from xformer_fast.models import GPT
 from xformer_fast.positions import sinusoids
 
 DIM, HEADS = 64, 4
@@ -269,6 +270,25 @@ def test_tables_stay_exact_in_half_models():
         ours, theirs = (x if table is None else getattr(x, table) for x in (ours, theirs))
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
         assert not positions.state_dict()
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi"])
+def test_tables_of_a_model_built_without_memory(name):
+    def build():
+        return GPT(11, dim=32, depth=1, num_heads=2, max_length=20, positions=name)
+
+    made = build().eval()
+    with torch.device("meta"):
+        empty = build().eval()
+    assert all(table.is_meta for table in empty.half().float().positions.buffers())
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(made.state_dict())
+    tables = dict(made.positions.named_buffers())
+    assert tables and tables.keys() == dict(empty.positions.named_buffers()).keys()
+    for key, table in empty.positions.named_buffers():
+        assert table.dtype == torch.float32 and torch.equal(table, tables[key])
+    tokens = torch.arange(9)[None]
+    assert torch.equal(empty(tokens), made(tokens))
 
 
 def test_autocast_and_half():

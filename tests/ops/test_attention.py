@@ -523,6 +523,18 @@ def test_torch_signature_float32_mask_beside_bfloat16():
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 9, 8), (9, 8)], ids=str)
+def test_torch_signature_all_dropped(shape):
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    out = xformer_fast.scaled_dot_product_attention(q, k, v, dropout_p=1.0, is_causal=True)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0, is_causal=True))
+    assert torch.equal(out, torch.zeros(shape))
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.ones(shape)):
+        assert torch.equal(gradient, torch.zeros(shape))
+    with pytest.raises(ValueError, match="dropout_p must lie"):
+        xformer_fast.scaled_dot_product_attention(q, k, v, dropout_p=1.5)
+
+
 def test_torch_signature_is_torchs():
     """Positional order and defaults, as code written for torch calls it."""
     q = torch.randn(1, 2, 5, 8)

@@ -133,7 +133,7 @@ def attention(
         query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
         decomposed_bias, sinks, scale, softcap, dropout_p, return_lse,
     )  # fmt: skip
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def scaled_dot_product_attention(
@@ -152,8 +152,8 @@ def scaled_dot_product_attention(
 
     query (..., Hq, Sq, D), key and value (..., Hkv, Sk, D or Dv) of two to five dimensions, batch and heads broadcast
     as torch broadcasts them; is_causal is top-left and may be given beside attn_mask (both apply); a float32 mask may
-    stand beside half inputs; a query that attends to nothing gives zeros. `enable_gqa` lets Hkv divide Hq. `backend`
-    is `attention`'s.
+    stand beside half inputs; a query that attends to nothing gives zeros, as does dropout_p = 1. `enable_gqa` lets Hkv
+    divide Hq. `backend` is `attention`'s.
 
     >>> import torch, xformer_fast
     >>> q = torch.randn(2, 8, 16, 64)
@@ -179,7 +179,11 @@ def scaled_dot_product_attention(
             mask = mask.expand(*lead[:2] if mask.dim() == 5 else lead[1:2], *mask.shape[-3:])
             mask = (mask if mask.dim() == 5 else mask.expand(lead[0], *mask.shape)).flatten(0, 1)
     causal = "top_left" if is_causal else False
+    all_dropped = dropout_p == 1
+    dropout_p = 0.0 if all_dropped else dropout_p
     out = attention(q, k, v, mask=mask, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
+    if all_dropped:
+        out = torch.dropout(out, 1.0, True)
     return out if out.shape[:-2] == lead else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -262,16 +266,16 @@ def varlen_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, key_lengths, rope,
         alibi_slopes, relative_bias, sinks, scale, softcap, dropout_p, return_lse,
     )  # fmt: skip
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(function: Callable, *args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `attention(...)` or `varlen_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
+    backend = bound.arguments.pop("backend")
     build = _dense_call if function is attention else _packed_call
-    return TABLE.reasons(build(*bound.arguments.values()))
+    return TABLE.reasons(build(*bound.arguments.values()), backend)
 
 
 def _dense_call(
@@ -341,7 +345,7 @@ def _check_options(call: Call, batch, heads):
 
 
 def run_reference(call: Call):
-    _check_values(call)
+    check_values(call)
     shared = ("causal", "window", "key_lengths", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
     options = {name: getattr(call, name) for name in (*shared, "dropout_p", "return_lse")}
     if call.cu_seqlens_q is None:
@@ -353,8 +357,8 @@ def run_reference(call: Call):
     return reference.varlen_attention(query, key, call.value, call.cu_seqlens_q, call.cu_seqlens_k, **options)
 
 
-def _check_values(call: Call):
-    """What the kernels check themselves: values of lengths and offsets."""
+def check_values(call: Call):
+    """What the CPU kernels check themselves: values of lengths and offsets."""
     limits = [call.key.shape[2]] * call.key.shape[0] if call.cu_seqlens_q is None else None
     if limits is None and checks.values_are_readable(call.cu_seqlens_k):
         checks.check_offset_values("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q)
@@ -542,4 +546,5 @@ TABLE = Table(
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
+    check_values,
 )

@@ -51,14 +51,14 @@ class Call:
     new_key: Tensor | None
     new_value: Tensor | None
     block_table: Tensor | None
-    window: tuple[int, int] | None
-    rope: Rope | None
-    alibi_slopes: Tensor | None
-    relative_bias: T5Bias | DistanceBias | None
-    sinks: Tensor | None
-    scale: float | None
-    softcap: float | None
-    return_lse: bool
+    window: tuple[int, int] | None = None
+    rope: Rope | None = None
+    alibi_slopes: Tensor | None = None
+    relative_bias: T5Bias | DistanceBias | None = None
+    sinks: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    return_lse: bool = False
 
     @property
     def capacity(self):
@@ -126,23 +126,24 @@ def decode_attention(
     >>> xformer_fast.decode_attention(q, keys, values, lengths, new_key=k, new_value=v).shape
     torch.Size([2, 8, 1, 32])
     """
-    call = _checked(
+    call = checked(
         query, key_cache, value_cache, cache_lengths, new_key, new_value, block_table, window, rope, alibi_slopes,
         relative_bias, sinks, scale, softcap, return_lse,
     )  # fmt: skip
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(*args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `decode_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(decode_attention).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
-    return TABLE.reasons(_checked(*bound.arguments.values()))
+    backend = bound.arguments.pop("backend")
+    return TABLE.reasons(checked(*bound.arguments.values()), backend)
 
 
-def _checked(*arguments) -> Call:
-    call = Call(*arguments)
+def checked(*arguments, **options) -> Call:
+    """The fields of a `Call`, checked but for the values of lengths and pages."""
+    call = Call(*arguments, **options)
     query, key_cache, value_cache = call.query, call.key_cache, call.value_cache
     _check_caches(query, key_cache, value_cache)
     batch, heads, tokens, _ = query.shape
@@ -243,10 +244,11 @@ def _check_new(call: Call):
             raise ValueError(f"{name} cannot be written: its cache is an expanded tensor, strides {cache.stride()}")
 
 
-def _check_values(call: Call, appended):
+def check_values(call: Call):
     """What the CPU kernel checks itself: values of lengths and of the block table."""
     if not checks.values_are_readable(call.cache_lengths):
         return
+    appended = 0 if call.new_key is None else call.query.shape[2]
     limits = [call.capacity - appended] * call.query.shape[0]
     checks.check_length_values("cache_lengths", call.cache_lengths, limits)
     if call.block_table is None:
@@ -267,7 +269,7 @@ def _in_cache_dtype(call: Call):
 
 
 def run_reference(call: Call):
-    _check_values(call, 0 if call.new_key is None else call.query.shape[2])
+    check_values(call)
     query, new_key, new_value = _in_cache_dtype(call)
     names = ("block_table", "window", "rope", "alibi_slopes", "relative_bias", "sinks", "scale", "softcap")
     return reference.decode_attention(
@@ -409,4 +411,5 @@ TABLE = Table(
         Backend("cpu", _register("cpu") if build_problem() is None else run_reference, build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
+    check_values,
 )

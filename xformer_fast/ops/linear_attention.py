@@ -110,7 +110,7 @@ def linear_attention(
         query, key, value, feature_map, causal, normalize, eps, decay, scale, key_lengths, cu_seqlens, initial_state,
         return_state,
     )  # fmt: skip
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def linear_attention_step(
@@ -154,8 +154,8 @@ def explain(*args, **options) -> dict[str, str]:
     """Backend -> why it would not be chosen for `linear_attention(...)`; "" if nothing bars it."""
     bound = inspect.signature(linear_attention).bind(*args, **options)
     bound.apply_defaults()
-    del bound.arguments["backend"]
-    return TABLE.reasons(_checked(*bound.arguments.values()))
+    backend = bound.arguments.pop("backend")
+    return TABLE.reasons(_checked(*bound.arguments.values()), backend)
 
 
 def _checked(query, key, value, *options) -> Call:
@@ -224,7 +224,8 @@ def _check_state(call: Call, batch, heads):
         )
 
 
-def run_reference(call: Call):
+def check_values(call: Call):
+    """What the CPU kernels check themselves: values of lengths, offsets and decay."""
     limits = None
     if call.cu_seqlens is None:
         limits = [call.key.shape[2]] * call.key.shape[0]
@@ -234,6 +235,10 @@ def run_reference(call: Call):
         checks.check_length_values("key_lengths", call.key_lengths, limits)
     if call.decay is not None and checks.values_are_readable(call.decay):
         _check_decay_values(call.decay)
+
+
+def run_reference(call: Call):
+    check_values(call)
     names = [name for name in Call.__dataclass_fields__ if name not in ("query", "key", "value")]
     return reference.linear_attention(call.query, call.key, call.value, **{name: getattr(call, name) for name in names})
 
@@ -391,4 +396,5 @@ TABLE = Table(
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
+    check_values,
 )

@@ -85,14 +85,15 @@ def neighborhood_attention(
     torch.Size([2, 14, 14, 4, 32])
     """
     call = _checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale)
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(
     query, key, value, kernel_size, *, dilation=1, causal=False, relative_bias_table=None, scale=None, backend=None
 ):
     """Backend -> why it would not be chosen for `neighborhood_attention(...)`; "" if nothing bars it."""
-    return TABLE.reasons(_checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale))
+    call = _checked(query, key, value, kernel_size, dilation, causal, relative_bias_table, scale)
+    return TABLE.reasons(call, backend)
 
 
 def _checked(query, key, value, kernel_size, dilation, causal, table, scale) -> Call:

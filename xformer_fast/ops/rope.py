@@ -87,19 +87,19 @@ def apply_rope(
     torch.Size([2, 8, 128, 64])
     """
     call = _checked(x, cos, sin, positions, sections, interleaved, inverse, inplace)
-    return TABLE.choose(call, backend).run(call)[0]
+    return TABLE.run(call, backend)[0]
 
 
 def rotate(call: Call, backend: str | None = None) -> tuple[Tensor, ...]:
     """Rotates the tensors of a call whose arguments were checked (`Rope` does so)."""
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(
     x, cos, sin, *, positions=None, sections=None, interleaved=False, inverse=False, inplace=False, backend=None
 ):
     """Backend -> why it would not be chosen for `apply_rope(...)`; "" if nothing bars it."""
-    return TABLE.reasons(_checked(x, cos, sin, positions, sections, interleaved, inverse, inplace))
+    return TABLE.reasons(_checked(x, cos, sin, positions, sections, interleaved, inverse, inplace), backend)
 
 
 def _checked(x, cos, sin, positions, sections, interleaved, inverse, inplace) -> Call:
@@ -152,13 +152,18 @@ def check_positions(name: str, positions: Tensor, sections: Sequence[int] | None
 # ---- backends
 
 
-def run_reference(call: Call) -> tuple[Tensor, ...]:
+def check_values(call: Call):
+    """What the CPU kernels check themselves: values of positions."""
     for name, positions in zip(call.names, call.positions, strict=True):
         if positions is not None and positions.numel() and checks.values_are_readable(positions):
             least, most = (p.item() for p in positions.aminmax())
             if least < 0 or most >= call.cos.shape[0]:
                 rows = call.cos.shape[0] - 1
                 raise ValueError(f"rope: {name} must lie in 0..{rows}, the tables' rows, got {least}..{most}")
+
+
+def run_reference(call: Call) -> tuple[Tensor, ...]:
+    check_values(call)
     results = []
     for x, positions, first in zip(call.tensors, call.positions, call.first, strict=True):
         packed = x.dim() == 3
@@ -295,4 +300,5 @@ TABLE = Table(
         Backend("cpu", _cpu_runner(), build_problem, _cpu_unsupported),
         Backend("reference", run_reference, lambda: None, lambda call: None),
     ],
+    check_values,
 )

@@ -91,7 +91,7 @@ def window_attention(
     torch.Size([2, 56, 56, 3, 32])
     """
     call = _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
-    return TABLE.choose(call, backend).run(call)
+    return TABLE.run(call, backend)
 
 
 def explain(
@@ -99,9 +99,8 @@ def explain(
     partition="window", scale=None, backend=None,
 ):  # fmt: skip
     """Backend -> why it would not be chosen for `window_attention(...)`; "" if nothing bars it."""
-    return TABLE.reasons(
-        _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
-    )
+    call = _checked(query, key, value, window_size, shift, relative_bias_table, bias, logit_scale, partition, scale)
+    return TABLE.reasons(call, backend)
 
 
 def _checked(query, key, value, window_size, shift, table, bias, logit_scale, partition, scale) -> Call:
