@@ -208,7 +208,7 @@ def _check_caches(query, key_cache, value_cache):
         checks.check_device(name, tensor, query.device)
     if key_cache.dtype != value_cache.dtype:
         raise TypeError(f"value_cache is {value_cache.dtype}, key_cache is {key_cache.dtype}: they must be equal")
-    _check_dtype("query", query, key_cache)
+    checks.check_dtype("query", query, key_cache.dtype, "the caches are")
     k, v = key_cache.shape, value_cache.shape
     if k[:3] != v[:3]:
         raise ValueError(f"key_cache and value_cache must agree but for the last dimension, got {tuple(k)}, {tuple(v)}")
@@ -223,11 +223,6 @@ def _check_caches(query, key_cache, value_cache):
             raise ValueError(f"{name} must have a unit last stride, got strides {cache.stride()}")
 
 
-def _check_dtype(name: str, tensor: Tensor, cache: Tensor):
-    if tensor.dtype != cache.dtype and not torch.is_autocast_enabled(cache.device.type):
-        raise TypeError(f"{name} is {tensor.dtype}, the caches are {cache.dtype}: outside autocast they must be equal")
-
-
 def _check_new(call: Call):
     batch, tokens, heads = call.query.shape[0], call.query.shape[2], call.key_cache.shape[1]
     for name, tensor, cache in (
@@ -238,7 +233,7 @@ def _check_new(call: Call):
         if tensor.shape != (batch, heads, tokens, cache.shape[3]):
             wanted = (batch, heads, tokens, cache.shape[3])
             raise ValueError(f"{name} must be (B, Hkv, T, D) = {wanted}, got {tuple(tensor.shape)}")
-        _check_dtype(name, tensor, cache)
+        checks.check_dtype(name, tensor, cache.dtype, "the caches are")
         checks.check_device(name, tensor, call.query.device)
         if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
             raise ValueError(f"{name} cannot be written: its cache is an expanded tensor, strides {cache.stride()}")
