@@ -149,13 +149,13 @@ def test_traced_graphs_have_gradients_and_autocast(trace):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-MAP = (1, 4, 4, 2, 8)
+MAP_SHAPE = (1, 4, 4, 2, 8)
 THREE_INPUTS = {
     "attention": (lambda q, k, v: xformer_fast.attention(q, k, v), (1, 2, 9, 8)),
     "attention with options": (lambda q, k, v: xformer_fast.attention(q, k, v, window=(3, 3)), (1, 2, 9, 8)),
     "linear_attention": (lambda q, k, v: xformer_fast.linear_attention(q, k, v), (1, 2, 9, 8)),
-    "window_attention": (lambda q, k, v: xformer_fast.window_attention(q, k, v, 2), MAP),
-    "neighborhood_attention": (lambda q, k, v: xformer_fast.neighborhood_attention(q, k, v, 3), MAP),
+    "window_attention": (lambda q, k, v: xformer_fast.window_attention(q, k, v, 2), MAP_SHAPE),
+    "neighborhood_attention": (lambda q, k, v: xformer_fast.neighborhood_attention(q, k, v, 3), MAP_SHAPE),
 }
 
 
@@ -194,7 +194,7 @@ def test_forward_mode_ad_through_a_backward_raises(op):
 def test_results_are_no_views(op):
     """Of tensors in any memory order: what is a view may not be changed in place wherever another tensor may."""
     run, shape = THREE_INPUTS[op]
-    if shape == MAP:  # heads outside of space in memory
+    if shape == MAP_SHAPE:  # heads outside of space in memory
         inputs = [torch.randn(1, 2, 4, 4, 8).movedim(1, -2) for _ in range(3)]
     else:
         inputs = [torch.randn(1, 9, 2, 8).transpose(1, 2) for _ in range(3)]
