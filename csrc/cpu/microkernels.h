@@ -8,7 +8,7 @@
 //
 //   tile_product(rows, vectors, depth, a, a_row, a_red, b, b_ld, c, c_ld, Start::..., scale, prefetch)
 //
-// with vectors = 1..kMaxVectors. What is needed after the product can be brought into the second-level cache meanwhile: a
+// with vectors = 1..4. What is needed after the product can be brought into the second-level cache meanwhile: a
 // Prefetch lists memory, and the product asks for a share of its lines between chunks of rows.
 //
 // Two forms, chosen by the type of A and B:
@@ -28,7 +28,6 @@ namespace {
 
 enum class Start { overwrite, accumulate, rescale };
 
-constexpr int kMaxVectors = 4;
 constexpr int64_t kLongestChain = 256;  // terms added one behind the other: sums of parts lose fewer digits
 #if defined(XF_AVX512)
 constexpr int kTileVectors = 4;  // vectors a tile of queries is best cut into

@@ -22,7 +22,7 @@
 //     where torch's roll, partition, SDPA and reverse take 38-40. bfloat16: 13.7 ms in float32, 8.0 with products of pairs.
 // Zen 3 (AVX2, one thread, the quietest of 100 calls; at the FMA ceiling the products alone would take 5.9 ms):
 //   - 19.1 ms when nothing is prefetched, half of it waiting in gather_rows; 15.5 when 48 lines at a time are asked for, 8 keys
-//     apart; 13.0 when a few lines are, between chunks of rows: of a burst, the later lines are dropped.
+//     apart; 13.0 when a few lines are, between chunks of rows (of a burst, what was asked for last arrived least often).
 //   - A function that does nothing but prefetch is pure to GCC, and its calls vanish: ask inside a function that does more.
 //   - The bias of a head by a division for every entry took 1.3 ms a call, for every batch.
 //   - Asking for the rows of the output as well: no gain, its scatter is faster and all else slower.

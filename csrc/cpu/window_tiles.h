@@ -148,7 +148,6 @@ class WindowWalk {
     if (first_window < last_window) place(first_window);
     for (int64_t w = first_window; w < last_window; ++w) {
       now_ = w % 2;
-      edges_ = place_of(plan_, w).edges;
       if (w + 1 < last_window) place(w + 1);
       for (int64_t h = first_head; h < last_head; ++h) {
         const bool last = h + 1 == last_head;
@@ -159,7 +158,7 @@ class WindowWalk {
     }
   }
 
-  int32_t edges() const { return edges_; }
+  int32_t edges() const { return edges_[now_]; }
   T* rows(int map, int64_t h) const { return static_cast<T*>(maps_[map].view->data) + h * maps_[map].view->head; }
   const int64_t* offsets(int map) const { return offsets_[now_][map]; }
 
@@ -175,14 +174,15 @@ class WindowWalk {
  private:
   void place(int64_t window) {
     const WindowPlace at = place_of(plan_, window);
+    edges_[window % 2] = at.edges;
     for (int m = 0; m < kMaps; ++m) row_offsets(plan_, at, *maps_[m].view, offsets_[window % 2][m]);
   }
 
   const WindowPlan& plan_;
   Map maps_[kMaps];
   int64_t* offsets_[2][kMaps];  // of even and odd windows
+  int32_t edges_[2];
   int64_t now_, next_, next_head_;  // the latter -1: none
-  int32_t edges_;
 };
 
 // ---- rows ----
