@@ -32,8 +32,8 @@ from .common import Run, Tables, curve, main, panels, smoothed, synchronize
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 180
-    batch: int = 4
+    steps: int = 150
+    batch: int = 3
     length: int = 512
     dim: int = 128
     depth: int = 4
@@ -66,7 +66,7 @@ class Naive(nn.Module):
         return self.arrange(weights @ value, 2, 3, back=True).transpose(1, 2)
 
 
-ORDERS = 4
+ORDERS = 8  # curves part along few directions, by amounts as chance has it: a handful of orders would miss its width
 
 
 def variants(sizes: Sizes) -> dict[str, nn.Module]:
