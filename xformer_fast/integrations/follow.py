@@ -44,7 +44,7 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.trace.busy:
             return func(*args, **kwargs)
-        if any(issubclass(kind, Followed) for kind in types):
+        if types and any(issubclass(kind, Followed) for kind in types):
             return run(func, args, kwargs)
         begin = BEGIN.get(func)
         if begin is not None:
@@ -52,6 +52,29 @@ class Following(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+class Apart:
+    """What is asked of torch inside it is not followed.
+
+    The mode itself is put aside, where it is the innermost: handing it every size of every tensor that a rule looks at
+    would take most of a small model's time.
+    """
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+
+    def __enter__(self):
+        self.before, self.trace.busy, self.mode = self.trace.busy, True, None
+        if not torch.compiler.is_compiling():
+            modes = torch._C._len_torch_function_stack()
+            if modes and isinstance(torch._C._get_function_stack_at(modes - 1), Following):
+                self.mode = torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *error):
+        self.trace.busy = self.before
+        if self.mode is not None:
+            torch._C._push_on_torch_function_stack(self.mode)
 
 
 def following(method: Callable, backend: str | None, maps: Callable[[], bool] | None = None) -> Callable:
@@ -103,9 +126,8 @@ class Followed:
     def real(self) -> Tensor:
         """The tensor, as the host's own operations make it."""
         if self.computed is None:
-            before, self.trace.busy = self.trace.busy, True
-            self.computed = self.compute()
-            self.trace.busy = before
+            with Apart(self.trace):
+                self.computed = self.compute()
         return self.computed
 
     def leave(self):
@@ -209,10 +231,8 @@ def run(func: Callable, args, kwargs):
     owner = next((x for x in (*args, *kwargs.values()) if isinstance(x, Followed)), None)
     rule = getattr(type(owner), _RULES.get(func, ""), None)
     if rule is not None:
-        trace = owner.trace
-        before, trace.busy = trace.busy, True
-        result = rule(owner, *args, **kwargs)
-        trace.busy = before
+        with Apart(owner.trace):
+            result = rule(owner, *args, **kwargs)
         if result is not NotImplemented:
             return result
     if owner is not None and (owner.trace.maps or owner.weights):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.attention import attention, scaled_dot_product_attention
 from .common import add_mask
-from .follow import Followed, Trace, begins, cast_of, real, sizes_of
+from .follow import Apart, Followed, Trace, begins, cast_of, real, sizes_of
 
 _OPTIONS = "attention with these options"
 _HIDES = -1e4  # what is filled in with at most this number is masked
@@ -453,21 +453,20 @@ def _sdpa(trace: Trace, *args, **kwargs):
 def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """scaled_dot_product_attention of a query, or with a mask, that is a Followed."""
     trace = (query if isinstance(query, Followed) else attn_mask).trace
-    before, trace.busy = trace.busy, True
-    result = NotImplemented
-    if not is_causal and not enable_gqa:
-        scores = product(trace, query, key.transpose(-1, -2))
-        if scores is not NotImplemented and attn_mask is not None:
-            boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-            scores = scores.but(biases=(attn_mask,)) if boolean else scores.on_add(scores, attn_mask)
-        if scores is not NotImplemented:
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            result = Weights(scores.but(scale=scale), dropout_p).attend(value)
-    if result is NotImplemented:
-        trace.unknown = trace.unknown or _OPTIONS
-        tensors = map(real, (query, key, value, attn_mask))
-        result = _sdpa(trace, *tensors, dropout_p, is_causal, scale, enable_gqa)
-    trace.busy = before
+    with Apart(trace):
+        result = NotImplemented
+        if not is_causal and not enable_gqa:
+            scores = product(trace, query, key.transpose(-1, -2))
+            if scores is not NotImplemented and attn_mask is not None:
+                boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+                scores = scores.but(biases=(attn_mask,)) if boolean else scores.on_add(scores, attn_mask)
+            if scores is not NotImplemented:
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
+                result = Weights(scores.but(scale=scale), dropout_p).attend(value)
+        if result is NotImplemented:
+            trace.unknown = trace.unknown or _OPTIONS
+            tensors = map(real, (query, key, value, attn_mask))
+            result = _sdpa(trace, *tensors, dropout_p, is_causal, scale, enable_gqa)
     return result
 
 

@@ -19,6 +19,7 @@ hosts add -100, and reads no mask.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +68,16 @@ class Moved(Followed):
 
     def __init__(self, trace: Trace, base: Tensor, cut, shift, axes):
         self.trace, self.base, self.cut, self.shift, self.axes = trace, base, cut, shift, axes
-
-    def length(self, axis):
-        if axis == "b":
-            return self.base.shape[0]
-        return self.base.shape[3 + axis] if isinstance(axis, int) else self.cut[int(axis[1])][axis[0] == "y"]
+        batch, _, _, *features = base.shape
+        (x0, y0), (x1, y1) = cut
+        self.lengths = {"b": batch, "x0": x0, "y0": y0, "x1": x1, "y1": y1, **dict(enumerate(features))}
+        self._shape = None
 
     @property
     def shape(self):
-        return torch.Size([math.prod([self.length(axis) for axis in group]) for group in self.axes])
+        if self._shape is None:
+            self._shape = torch.Size([math.prod([self.lengths[axis] for axis in group]) for group in self.axes])
+        return self._shape
 
     @property
     def dtype(self):
@@ -95,7 +97,12 @@ class Moved(Followed):
 
     def in_place(self):
         """The map itself, where the host sees it in order and rolled back."""
-        return self.base if not any(self.shift) and self.axes == _whole(self) else self
+        return self.base if not any(self.shift) and self.axes == self.whole else self
+
+    @property
+    def whole(self):
+        """The axes of the map in order."""
+        return _cached(_in_order, tuple(self.lengths.items()))
 
     def compute(self):
         base = torch.roll(self.base, [-s for s in self.shift], (1, 2)) if any(self.shift) else self.base
@@ -115,35 +122,13 @@ class Moved(Followed):
         if -1 in sizes:
             known = math.prod([size for size in sizes if size != -1])
             sizes[sizes.index(-1)] = math.prod(self.shape) // known
-        if self.axes == _whole(self) and len(sizes) == 6 and all(y == 1 for _, y in self.cut):
+        if self.axes == self.whole and len(sizes) == 6 and all(y == 1 for _, y in self.cut):
             return _cut(self.trace, self.base, sizes, self.shift) if _cuts(self.base, sizes) else NotImplemented
-        left = [(axis, self.length(axis)) for group in self.axes for axis in group]
-        parts = [[] for _ in self.base.shape[3:]]  # the sizes that a feature axis is split into
-        groups = []
-        for size in sizes:
-            group = []
-            while size != 1:
-                if not left:
-                    return NotImplemented
-                axis, length = left.pop(0)
-                taken = size if size % length else length
-                if taken != length:
-                    if length % taken or not isinstance(axis, int):
-                        return NotImplemented
-                    left.insert(0, (axis, length // taken))
-                if isinstance(axis, int):
-                    parts[axis].append(taken)
-                    axis = axis, len(parts[axis]) - 1
-                group.append(axis)
-                size = size // taken
-            groups.append(group)
-        if left:
+        plan = _cached(_split, tuple(self.lengths.items()), self.axes, tuple(sizes))
+        if plan is None:
             return NotImplemented
-        parts = [part or [1] for part in parts]
-        first = [sum(map(len, parts[:i])) for i in range(len(parts))]
-        axes = [[first[axis[0]] + axis[1] if isinstance(axis, tuple) else axis for axis in group] for group in groups]
-        shape = *self.base.shape[:3], *(size for part in parts for size in part)
-        return self.of(self.base.reshape(shape), axes).in_place()
+        features, axes = plan
+        return self.of(self.base.reshape(*self.base.shape[:3], *features), axes).in_place()
 
     def on_view_as(self, x, other):
         return self.on_view(x, *other.shape)
@@ -189,7 +174,7 @@ class Moved(Followed):
 
     def on_chunk(self, x, chunks, dim=0):
         feature = self._feature(dim)
-        if feature is None or self.length(feature) % chunks or self.length(feature) == chunks:
+        if feature is None or self.lengths[feature] % chunks or self.lengths[feature] == chunks:
             return NotImplemented
         return tuple(self.of(part) for part in self.base.chunk(chunks, 3 + feature))
 
@@ -247,15 +232,15 @@ class Moved(Followed):
             if size != 1:
                 if not all(isinstance(axis, int) for axis in group):
                     return None
-                sizes += [self.length(axis) for axis in group]
+                sizes += [self.lengths[axis] for axis in group]
                 order += group
         features = self.base.dim() - 3
         other = other.reshape(sizes).permute(sorted(range(len(order)), key=order.__getitem__))
-        return other.reshape([self.length(i) if i in order else 1 for i in range(features)])
+        return other.reshape([self.lengths[i] if i in order else 1 for i in range(features)])
 
     def on_roll(self, x, shifts, dims=None):
         back = isinstance(dims, tuple | list) and tuple(dims) == (1, 2) and tuple(shifts) == self.shift
-        return self.base if back and self.axes == _whole(self) else NotImplemented
+        return self.base if back and self.axes == self.whole else NotImplemented
 
     def on_pad(self, x, pad, mode="constant", value=None):
         return self if not any(pad) else NotImplemented
@@ -263,7 +248,7 @@ class Moved(Followed):
     # attention
 
     def _sides(self, part: str):
-        return tuple(axis for axis in (f"{part}0", f"{part}1") if self.length(axis) != 1)
+        return tuple(axis for axis in (f"{part}0", f"{part}1") if self.lengths[axis] != 1)
 
     def on_scaled_dot_product_attention(self, *args, **kwargs):
         return sdpa(*args, **kwargs)
@@ -279,7 +264,7 @@ class Moved(Followed):
         if part is None or weights.dropout_p or not all(isinstance(x, Moved) and _alike(x, self) for x in moved):
             return NotImplemented
         partition = {"y": "window", "x": "grid"}[part]
-        window = self.length(f"{part}0"), self.length(f"{part}1")
+        window = self.lengths[f"{part}0"], self.lengths[f"{part}1"]
         bias, shifted = _biases(scores, self, window)
         if bias is NotImplemented or shifted != any(self.shift) or (shifted and partition == "grid"):
             return NotImplemented
@@ -298,10 +283,49 @@ class Moved(Followed):
         return value.of(out.reshape(value.base.shape))
 
 
-def _whole(moved: Moved):
-    """The axes of the map in order."""
-    order = (("b",), ("x0", "y0"), ("x1", "y1"), *((i,) for i in range(moved.base.dim() - 3)))
-    return tuple(tuple(axis for axis in group if moved.length(axis) != 1) for group in order)
+def _cached(function: Callable, *arguments):
+    """What depends on sizes alone is found out once for each, where sizes are numbers."""
+    return (function.__wrapped__ if torch.compiler.is_compiling() else function)(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_order(lengths):
+    lengths = dict(lengths)
+    features = [(axis,) for axis in lengths if isinstance(axis, int)]
+    order = ("b",), ("x0", "y0"), ("x1", "y1"), *features
+    return tuple(tuple(axis for axis in group if lengths[axis] != 1) for group in order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _split(lengths, axes, sizes):
+    """`axes` viewed as `sizes`: the feature axes then, and the axes that the host sees; None: no view can be that."""
+    lengths = dict(lengths)
+    left = [(axis, lengths[axis]) for group in axes for axis in group]
+    parts = [[] for axis in lengths if isinstance(axis, int)]  # the sizes that a feature axis is split into
+    groups = []
+    for size in sizes:
+        group = []
+        while size != 1:
+            if not left:
+                return None
+            axis, length = left.pop(0)
+            taken = size if size % length else length
+            if taken != length:
+                if length % taken or not isinstance(axis, int):
+                    return None
+                left.insert(0, (axis, length // taken))
+            if isinstance(axis, int):
+                parts[axis].append(taken)
+                axis = axis, len(parts[axis]) - 1
+            group.append(axis)
+            size = size // taken
+        groups.append(group)
+    if left:
+        return None
+    parts = [part or [1] for part in parts]
+    first = [sum(map(len, parts[:i])) for i in range(len(parts))]
+    axes = [[first[axis[0]] + axis[1] if isinstance(axis, tuple) else axis for axis in group] for group in groups]
+    return [size for part in parts for size in part], tuple(map(tuple, axes))
 
 
 def _cuts(x: Tensor, sizes) -> bool:
@@ -316,7 +340,7 @@ def _cut(trace: Trace, base: Tensor, sizes, shift) -> Moved:
     cut = tuple(sizes[1:3]), tuple(sizes[3:5])
     moved = Moved(trace, base, cut, shift, ())
     names = ("b", "x0", "y0", "x1", "y1", 0)
-    moved.axes = tuple((name,) if moved.length(name) != 1 else () for name in names)
+    moved.axes = tuple((name,) if moved.lengths[name] != 1 else () for name in names)
     if any(shift):
         trace.windows = Windows(tuple(base.shape[1:3]), (cut[0][1], cut[1][1]), shift)
     return moved
@@ -437,7 +461,7 @@ def _roll(trace: Trace, x, shifts, dims=None):
     if any(s > 0 for s in shifts) or not any(shifts):
         return NotImplemented
     moved = Moved(trace, x, tuple((side, 1) for side in x.shape[1:3]), tuple(-s for s in shifts), ())
-    moved.axes = _whole(moved)
+    moved.axes = moved.whole
     return moved
 
 
