@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from attention_cases import arguments, draw, evaluate, formula
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -137,6 +138,43 @@ def test_an_unwatched_call_without_options_takes_the_plain_operators():
     with torch.profiler.profile() as profile:
         torch.autograd.grad(xformer_fast.attention(q, q, q, causal=True).sum(), q)
     assert ran(profile) == {"attention_cpu_plain", "attention_cpu_plain_backward"}
+
+
+@pytest.mark.parametrize("wrong, error", [
+    ({"dropout_p": False}, TypeError), ({"scale": float("nan")}, ValueError), ({"scale": True}, TypeError),
+    ({"causal": "sideways"}, ValueError), ({"causal": 1}, ValueError), ({"query": [1.0]}, TypeError),
+    ({"key": torch.zeros(1, 2, 8, 15)}, ValueError), ({"value": torch.zeros(1, 2, 7, 16)}, ValueError),
+    ({"key": torch.zeros(1, 2, 8, 16).double()}, TypeError),
+    ({"value": torch.zeros(1, 2, 8, 16, device="meta")}, ValueError),
+    ({"backend": "triton"}, xformer_fast.BackendUnavailable),
+])  # fmt: skip
+def test_a_call_is_checked_though_one_like_it_passed(wrong, error):
+    right = dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 8, 16))
+    for _ in range(2):
+        xformer_fast.attention(**right)
+    with pytest.raises(error):
+        xformer_fast.attention(**right | wrong)
+
+
+def test_a_call_is_watched_though_one_like_it_was_not(monkeypatch):
+    """What passed unwatched does not pass by autocast, tracing, transforms, forward-mode AD, or the environment."""
+    q = torch.randn(1, 2, 8, 16)
+    out = xformer_fast.attention(q, q, q)
+    assert torch.equal(xformer_fast.attention(q, q, q), out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert xformer_fast.attention(q, q, q).dtype == torch.bfloat16
+    graph = make_fx(lambda q: xformer_fast.attention(q, q, q))(q)
+    assert "xformer_fast.attention_cpu.default" in graph.code
+    batched = torch.vmap(lambda q: xformer_fast.attention(q, q, q))(torch.stack([q, q]))
+    assert torch.allclose(batched[1], out, atol=1e-6)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        xformer_fast.attention(forward_ad.make_dual(q, q), q, q)
+    compiled = torch.compile(lambda q: xformer_fast.attention(q, q, q), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(q), out, atol=1e-6)
+    monkeypatch.setattr("xformer_fast.dispatch.DEFAULT", "reference")
+    with torch.profiler.profile() as profile:
+        xformer_fast.attention(q, q, q)
+    assert not ran(profile)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -1,13 +1,14 @@
 """Softmax attention: `attention`, `scaled_dot_product_attention`, `varlen_attention`, and their table of backends."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dispatch, reference
 from ..dispatch import (
     Backend,
     Table,
@@ -129,10 +130,18 @@ def attention(
     >>> xformer_fast.attention(q, k, v, causal=True, window=(63, 0), global_keys=4).shape
     torch.Size([2, 8, 128, 64])
     """
+    plain = (
+        mask is window is global_keys is key_lengths is rope is alibi_slopes is relative_bias is decomposed_bias
+        is sinks is softcap is backend is None and type(dropout_p) is float and dropout_p == 0
+    )  # fmt: skip
+    if plain and (result := _run_as_before(query, key, value, causal, scale)) is not None:
+        return result if return_lse else result[0]
     call = _dense_call(
         query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
         decomposed_bias, sinks, scale, softcap, dropout_p, return_lse,
     )  # fmt: skip
+    if plain:
+        _remember(call)
     return TABLE.run(call, backend)
 
 
@@ -385,7 +394,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         top_left = call.causal == "top_left"
         causal = operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if call.causal else operator.NOT_CAUSAL
         scale = query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
-        if kernels.plain is not None and _may_run_plain(call):
+        if kernels.plain is not None and call.is_plain() and not _is_watched():
             out, lse = _run_plain(kernels.plain, query, key, value, scale, causal)
             return (out, lse) if call.return_lse else out
         if call.rope is not None:
@@ -443,18 +452,56 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             out, lse, _ = _run_eagerly(kernels, arguments, sums or _any_requires_grad((query, key, value)))
         return (out, lse) if call.return_lse else out
 
+    run.plain = kernels.plain
     return run
 
 
-def _may_run_plain(call: Call) -> bool:
+def _is_watched() -> bool:
+    """Does anything but plain autograd look at calls of operators? It gets to see the one operator of all calls."""
     return (
-        call.is_plain()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0  # what watches or records operators sees the one of all calls
-        and torch._C._get_tracing_state() is None
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
+
+
+# Calls without options that were checked and run by a plain operator, by all that the checks and the choice of a
+# backend look at. At the smallest shapes these cost as much as the work.
+_PASSED: dict[tuple, operator.PlainOperator] = {}
+_MOST_PASSED = 4096
+
+
+def _seen_as(query, key, value) -> tuple:
+    shapes, dtypes = (query.shape, key.shape, value.shape), (query.dtype, key.dtype, value.dtype)
+    return shapes, dtypes, query.device, key.device, value.device
+
+
+def _remember(call: Call):
+    if _is_watched() or dispatch.DEFAULT:
+        return
+    plain = getattr(TABLE.choose(call, None).run, "plain", None)
+    if plain is not None:
+        if len(_PASSED) >= _MOST_PASSED:
+            _PASSED.clear()
+        _PASSED[_seen_as(call.query, call.key, call.value)] = plain
+
+
+def _run_as_before(query, key, value, causal, scale) -> tuple[Tensor, Tensor] | None:
+    """out and lse of a call without options that is like one that passed; None: it has to go the whole way."""
+    if _is_watched() or dispatch.DEFAULT or dispatch.CHECK or checks.forward_ad_is_on():
+        return None
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return None
+    plain = _PASSED.get(_seen_as(query, key, value))
+    if plain is None or not (causal is True or causal is False):
+        return None
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    elif type(scale) is not float or not math.isfinite(scale):
+        return None
+    return _run_plain(plain, query, key, value, scale, operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL)
 
 
 def _run_plain(plain: operator.PlainOperator, query, key, value, scale, causal) -> tuple[Tensor, Tensor]:

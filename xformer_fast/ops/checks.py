@@ -201,9 +201,13 @@ def check_number(name: str, number):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
 
 
+def forward_ad_is_on() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def refuse_forward_ad(op: str, *tensors):
     """A registered operator would return zero tangents without a word."""
-    if forward_ad._current_level < 0:
+    if not forward_ad_is_on():
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(f'{op}: forward-mode AD is not implemented by the kernels; use backend="reference"')
