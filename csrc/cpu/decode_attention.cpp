@@ -3,7 +3,7 @@
 //
 // It is bound by the reading of K and V, so each of them is read once: the query heads of a KV head and the tokens of a call
 // are the rows of one small problem, and a block of keys serves all of them while it is near.
-//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, one tile is kRowsAtOnce rows x 4 keys, and
+//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, one tile is up to kRowsAtOnce rows x 4 keys, and
 //              kLanes sums are reduced together, so nothing is transposed
 //     softmax  along the lanes of a row of S: maximum, exponential, sum (Milakov & Gimelshein, "Online normalizer", 2018)
 //     values   O[row][column] += p[row][key] * V[key][column], p broadcast, a few rows x columns in registers
@@ -24,6 +24,11 @@
 //   - In cache one core does 82 GF/s of 112 in float32, 140 of 226 in bfloat16: with more than about ten rows a KV head
 //     the kernel is bound by arithmetic, and where 8 or more queries a head fill the lanes of attention_forward.cpp's tiles,
 //     those do it with fewer instructions (see decode_takes).
+// Zen 3 (AVX2, two threads; the same, the quietest of 10 runs, float32 and bfloat16)
+//   - 3.1 and 1.7 ms; bfloat16 1.4 with four rows of queries at once, so that a row of K is converted once.
+//   - It drops prefetches: one for each line, once, instead of one for each vector and pass, costs float32 a fifth, a second
+//     one halfway brings half of that back; without any it takes twice as long. A plain read takes 3.0 ms.
+//   - O in memory and rows of V read from end to end, 4 keys at once: no faster.
 #include "decode.h"
 
 #include "attention_tiles.h"
@@ -38,7 +43,6 @@ constexpr int64_t kMaxRows = 64;         // of a task
 constexpr int64_t kTasks = 128;          // enough for any machine to share evenly,
 constexpr int64_t kLeastTaskKeys = 1024;  // unless tasks would get shorter than this
 constexpr int64_t kAheadBytes = 16384;  // into the second-level cache
-constexpr int kRowsAtOnce = kLanes / 4;  // rows of a score tile: x 4 keys makes kLanes sums
 constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators of a value tile
 
 // How elements of type T are multiplied: as floats, or as they are, in pairs.
@@ -54,6 +58,8 @@ template <> struct ProductOf<bfloat16> {
 #endif
 template <class T> using Product = typename ProductOf<T>::Type;
 template <class T> constexpr bool kPairs = sizeof(Product<T>) == 2;
+// Rows of a score tile, kLanes sums with the keys: 4 keys, or 2 where a row of K or V has to be converted for them.
+template <class T> constexpr int kRowsAtOnce = kLanes == 8 && sizeof(T) == 2 ? 4 : kLanes / 4;
 constexpr int64_t kPad = 2 * kLanes;  // rows of Q and O are padded with zeros to whole loads
 
 struct Plan {
@@ -154,25 +160,25 @@ XF_INLINE Vec reduce_each(Vec (&v)[kLanes]) {
 // scores[r][key] of R rows and the keys of a run; up to kLanes scores past the last are overwritten.
 template <int R, class T>
 XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run<T>& run, int64_t dim, float* scores) {
-  constexpr int kKeys = kLanes / R, kStep = ProductOf<T>::kStep;
+  constexpr int kKeys = kLanes / R, kQuad = kKeys < 4 ? kKeys : 4, kStep = ProductOf<T>::kStep;
   const int64_t whole = dim / kStep * kStep, last = run.count - 1, ahead = run.ahead;
   for (int64_t key = 0; key <= last; key += kKeys) {
     Vec sums[kLanes];  // [row][key]
 #pragma GCC unroll 4
-    for (int quad = 0; quad < kKeys; quad += 4) {
-      const T* k[4];
-      Vec sum[R][4];
+    for (int quad = 0; quad < kKeys; quad += kQuad) {
+      const T* k[kQuad];
+      Vec sum[R][kQuad];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kQuad; ++i) {
         k[i] = run.rows + min_of(key + quad + i, last) * run.stride;
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sum[r][i] = zero();
       }
       const Product<T>* q = query;
       for (int64_t c = 0; c < whole; c += kStep) {
-        decltype(load_step(k[0])) x[4];
+        decltype(load_step(k[0])) x[kQuad];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kQuad; ++i) {
           x[i] = load_step(k[i] + c);
           __builtin_prefetch(k[i] + c + ahead, 0, 2);
         }
@@ -180,13 +186,13 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
         for (int r = 0; r < R; ++r) {
           const auto y = load_step(q + r * query_ld);
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) add_product(sum[r][i], x[i], y);
+          for (int i = 0; i < kQuad; ++i) add_product(sum[r][i], x[i], y);
         }
         q += kStep;
       }
       if (whole < dim) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kQuad; ++i) {
           const auto x = load_step(k[i] + whole, dim - whole);
           __builtin_prefetch(k[i] + whole + ahead, 0, 2);
 #pragma GCC unroll 4
@@ -196,7 +202,7 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sums[r * kKeys + quad + i] = sum[r][i];
+        for (int i = 0; i < kQuad; ++i) sums[r * kKeys + quad + i] = sum[r][i];
     }
     const Vec all = reduce_each(sums);
     if constexpr (R == 1) {
@@ -225,7 +231,7 @@ void score_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
   for (int64_t key = key0; key < end;) {
     Run<T> run = run_at<T>(plan, a.key, share, a.head_dim, key, end);
     run.count = min_of(run.count, kPieceKeys);
-    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+    for_rows<kRowsAtOnce<T>>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       score_rows<decltype(rows)::count>(query + r * plan.query_ld, plan.query_ld, run, a.head_dim,
                                         share.scores + r * kScoresLd + (key - key0));
     });
@@ -423,7 +429,7 @@ void value_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
   for (int64_t key = key0; key < end;) {
     Run<T> run = run_at<T>(plan, a.value, share, a.head_dim_v, key, end);
     run.count = min_of(run.count, kPieceKeys);
-    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+    for_rows<kRowsAtOnce<T>>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       constexpr int R = decltype(rows)::count, V = kSums / R < 8 ? kSums / R : 8;
       add_columns<R, V, T>(weights + r * kScoresLd + (key - key0), run, a.head_dim_v, share.out + r * plan.out_ld, plan.out_ld);
     });
@@ -561,7 +567,7 @@ void decode_of(const Decode& d, const Pool& pool) {
   plan.rows = a.heads_q / max_of(1, a.heads_kv) * a.seqlen_q;
   if (a.batch * plan.rows == 0) return;
   plan.row_groups = (plan.rows + kMaxRows - 1) / kMaxRows;
-  plan.group_rows = round_up((plan.rows + plan.row_groups - 1) / plan.row_groups, plan.row_groups > 1 ? kRowsAtOnce : 1);
+  plan.group_rows = round_up((plan.rows + plan.row_groups - 1) / plan.row_groups, plan.row_groups > 1 ? kRowsAtOnce<T> : 1);
   plan.units = a.heads_kv * plan.row_groups;
   plan.query_ld = round_up(a.head_dim, kPad);
   plan.out_ld = round_up(a.head_dim_v, kPad);
