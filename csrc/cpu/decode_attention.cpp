@@ -3,7 +3,7 @@
 //
 // It is bound by the reading of K and V, so each of them is read once: the query heads of a KV head and the tokens of a call
 // are the rows of one small problem, and a block of keys serves all of them while it is near.
-//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, one tile is up to kRowsAtOnce rows x 4 keys, and
+//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, a tile is kRowsAtOnce rows x 4 or 2 keys, and
 //              kLanes sums are reduced together, so nothing is transposed
 //     softmax  along the lanes of a row of S: maximum, exponential, sum (Milakov & Gimelshein, "Online normalizer", 2018)
 //     values   O[row][column] += p[row][key] * V[key][column], p broadcast, a few rows x columns in registers

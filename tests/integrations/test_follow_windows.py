@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from host_models import check_equal, disturb
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xformer_fast
 from xformer_fast.integrations import follow_windows
@@ -291,6 +292,26 @@ def test_what_a_host_sees(name, shift):
     ours, theirs = REARRANGED[name](stand_in), REARRANGED[name](tensor)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     assert torch.equal(ours if isinstance(ours, torch.Tensor) else ours.real(), theirs)
+
+
+@torch.no_grad()
+def test_sizes_that_are_symbols():
+    block, x = FollowedBlock((3, 4)), torch.randn(2, 6, 8, DIM)
+    graph = make_fx(block, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    assert "window_attention_cpu" in graph.code and torch.equal(graph(x), block(x))
+
+
+def test_an_error_leaves_no_mode_behind(calls):
+    class Wrong(FollowedBlock):
+        def sdpa(self, x, mask):
+            return F.linear(x, torch.zeros(3, DIM + 1))
+
+    x = torch.randn(2, 6, 8, DIM)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Wrong((3, 4))(x)
+    assert torch._C._len_torch_function_stack() == 0
+    compare(window=(3, 4))
+    assert len(calls) == 1
 
 
 def test_windows_run_where_they_have_a_kernel():

@@ -284,8 +284,14 @@ class Moved(Followed):
 
 
 def _cached(function: Callable, *arguments):
-    """What depends on sizes alone is found out once for each, where sizes are numbers."""
-    return (function.__wrapped__ if torch.compiler.is_compiling() else function)(*arguments)
+    """What depends on sizes alone is found out once for each, where sizes are numbers and not symbols."""
+    if torch.compiler.is_compiling():
+        return function.__wrapped__(*arguments)
+    try:
+        hash(arguments)
+    except TypeError:
+        return function.__wrapped__(*arguments)
+    return function(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)

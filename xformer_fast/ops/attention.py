@@ -471,9 +471,12 @@ def _is_watched() -> bool:
 # backend look at. At the smallest shapes these cost as much as the work.
 _PASSED: dict[tuple, operator.PlainOperator] = {}
 _MOST_PASSED = 4096
+_OWN_TYPES = (Tensor, torch.nn.Parameter)  # no other type's sizes are known to be numbers
 
 
-def _seen_as(query, key, value) -> tuple:
+def _seen_as(query, key, value) -> tuple | None:
+    if not (type(query) in _OWN_TYPES and type(key) in _OWN_TYPES and type(value) in _OWN_TYPES):
+        return None
     shapes, dtypes = (query.shape, key.shape, value.shape), (query.dtype, key.dtype, value.dtype)
     return shapes, dtypes, query.device, key.device, value.device
 
@@ -481,18 +484,16 @@ def _seen_as(query, key, value) -> tuple:
 def _remember(call: Call):
     if _is_watched() or dispatch.DEFAULT:
         return
-    plain = getattr(TABLE.choose(call, None).run, "plain", None)
-    if plain is not None:
+    plain, seen = getattr(TABLE.choose(call, None).run, "plain", None), _seen_as(call.query, call.key, call.value)
+    if plain is not None and seen is not None:
         if len(_PASSED) >= _MOST_PASSED:
             _PASSED.clear()
-        _PASSED[_seen_as(call.query, call.key, call.value)] = plain
+        _PASSED[seen] = plain
 
 
 def _run_as_before(query, key, value, causal, scale) -> tuple[Tensor, Tensor] | None:
     """out and lse of a call without options that is like one that passed; None: it has to go the whole way."""
     if _is_watched() or dispatch.DEFAULT or dispatch.CHECK or checks.forward_ad_is_on():
-        return None
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return None
     plain = _PASSED.get(_seen_as(query, key, value))
     if plain is None or not (causal is True or causal is False):
