@@ -268,7 +268,7 @@ XF_INLINE Vec exp2_impl(Vec x) {
 #else
   const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the sum's low bits are n
   const Vec f = x - (shifted - 12582912.f);
-  const Vec power = (Vec)(((IVec)shifted << 23) + (127 << 23));
+  const Vec power = (Vec)(((UVec)shifted << 23) + (127u << 23));  // may wrap where the result is 0 or past the range
   const Vec result = exp2_polynomial<Coarse>(f) * power;
   return x < -126.f ? zero() : result;
 #endif
