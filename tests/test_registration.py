@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
-from xformer_fast import dispatch, reference
+from xformer_fast import dispatch, ops, reference
 
 pytestmark = pytest.mark.skipif(dispatch.build_problem() is not None, reason=str(dispatch.build_problem()))
 
@@ -156,11 +156,28 @@ def test_a_call_is_checked_though_one_like_it_passed(wrong, error):
         xformer_fast.attention(**right | wrong)
 
 
+def unused(*args, **kwargs):
+    raise AssertionError("not to be called")
+
+
+def test_a_call_like_one_that_passed_is_not_checked_again(monkeypatch):
+    """One that named its backend has not passed for those that do not."""
+    monkeypatch.setattr(ops.attention, "_PASSED", {})
+    q, x = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 9, 16)
+    out = xformer_fast.attention(q, q, q, causal=True)
+    xformer_fast.attention(x, x, x, backend="cpu")
+    monkeypatch.setattr(ops.attention, "_dense_call", unused)
+    assert torch.equal(xformer_fast.attention(q, q, q, causal=True, dropout_p=0), out)
+    with pytest.raises(AssertionError, match="not to be called"):
+        xformer_fast.attention(x, x, x)
+
+
 def test_a_call_is_watched_though_one_like_it_was_not(monkeypatch):
     """What passed unwatched does not pass by autocast, tracing, transforms, forward-mode AD, or the environment."""
     q = torch.randn(1, 2, 8, 16)
     out = xformer_fast.attention(q, q, q)
     assert torch.equal(xformer_fast.attention(q, q, q), out)
+    monkeypatch.setattr(ops.attention, "_run_plain", unused)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert xformer_fast.attention(q, q, q).dtype == torch.bfloat16
     graph = make_fx(lambda q: xformer_fast.attention(q, q, q))(q)

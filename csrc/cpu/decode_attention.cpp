@@ -26,8 +26,8 @@
 //     those do it with fewer instructions (see decode_takes).
 // Zen 3 (AVX2, two threads; the same, the quietest of 10 runs, float32 and bfloat16)
 //   - 3.1 and 1.7 ms; bfloat16 1.4 with four rows of queries at once, so that a row of K is converted once.
-//   - It drops prefetches: one for each line, once, instead of one for each vector and pass, costs float32 a fifth, a second
-//     one halfway brings half of that back; without any it takes twice as long. A plain read takes 3.0 ms.
+//   - One prefetch for each line, once, instead of one for each vector and pass costs float32 a quarter, a second one halfway
+//     brings half of that back; without any it takes a quarter to a third longer. A plain read takes about 3 ms.
 //   - O in memory and rows of V read from end to end, 4 keys at once: no faster.
 #include "decode.h"
 

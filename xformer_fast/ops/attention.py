@@ -51,14 +51,8 @@ class Call:
     max_seqlen_k: int = 0
     global_keys: int | Tensor | None = None
     decomposed_bias: tuple[Tensor, Tensor] | None = None
-
-    def is_plain(self) -> bool:
-        """Whether query, key, value, scale and causal say all."""
-        return (
-            self.mask is self.window is self.key_lengths is self.rope is self.alibi_slopes is self.relative_bias
-            is self.sinks is self.cu_seqlens_q is self.global_keys is self.decomposed_bias is None
-            and not self.softcap and self.dropout_p == 0
-        )  # fmt: skip
+    plain: bool = False  # query, key, value, scale and causal say all
+    by_default: bool = False  # no backend was named
 
 
 def attention(
@@ -132,16 +126,15 @@ def attention(
     """
     plain = (
         mask is window is global_keys is key_lengths is rope is alibi_slopes is relative_bias is decomposed_bias
-        is sinks is softcap is backend is None and type(dropout_p) is float and dropout_p == 0
+        is sinks is softcap is None and type(dropout_p) in (float, int) and dropout_p == 0
     )  # fmt: skip
-    if plain and (result := _run_as_before(query, key, value, causal, scale)) is not None:
+    if plain and backend is None and (result := _run_as_before(query, key, value, causal, scale)) is not None:
         return result if return_lse else result[0]
     call = _dense_call(
         query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
         decomposed_bias, sinks, scale, softcap, dropout_p, return_lse,
     )  # fmt: skip
-    if plain:
-        _remember(call)
+    call.plain, call.by_default = plain, backend is None and not dispatch.DEFAULT
     return TABLE.run(call, backend)
 
 
@@ -394,7 +387,9 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         top_left = call.causal == "top_left"
         causal = operator.TOP_LEFT if top_left else operator.BOTTOM_RIGHT if call.causal else operator.NOT_CAUSAL
         scale = query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
-        if kernels.plain is not None and call.is_plain() and not _is_watched():
+        if kernels.plain is not None and call.plain and not _is_watched():
+            if call.by_default:
+                _remember(call, kernels.plain)
             out, lse = _run_plain(kernels.plain, query, key, value, scale, causal)
             return (out, lse) if call.return_lse else out
         if call.rope is not None:
@@ -452,7 +447,6 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             out, lse, _ = _run_eagerly(kernels, arguments, sums or _any_requires_grad((query, key, value)))
         return (out, lse) if call.return_lse else out
 
-    run.plain = kernels.plain
     return run
 
 
@@ -481,11 +475,9 @@ def _seen_as(query, key, value) -> tuple | None:
     return shapes, dtypes, query.device, key.device, value.device
 
 
-def _remember(call: Call):
-    if _is_watched() or dispatch.DEFAULT:
-        return
-    plain, seen = getattr(TABLE.choose(call, None).run, "plain", None), _seen_as(call.query, call.key, call.value)
-    if plain is not None and seen is not None:
+def _remember(call: Call, plain: operator.PlainOperator):
+    seen = _seen_as(call.query, call.key, call.value)
+    if seen is not None:
         if len(_PASSED) >= _MOST_PASSED:
             _PASSED.clear()
         _PASSED[seen] = plain
@@ -493,7 +485,7 @@ def _remember(call: Call):
 
 def _run_as_before(query, key, value, causal, scale) -> tuple[Tensor, Tensor] | None:
     """out and lse of a call without options that is like one that passed; None: it has to go the whole way."""
-    if _is_watched() or dispatch.DEFAULT or dispatch.CHECK or checks.forward_ad_is_on():
+    if _is_watched() or not _PASSED or dispatch.DEFAULT or dispatch.CHECK or checks.forward_ad_is_on():
         return None
     plain = _PASSED.get(_seen_as(query, key, value))
     if plain is None or not (causal is True or causal is False):
