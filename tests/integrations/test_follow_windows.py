@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import xformer_fast
 from xformer_fast.integrations import follow_windows
 from xformer_fast.integrations.follow import Trace, following
+from xformer_fast.integrations.map_layout import layout_of
 
 DIM = 12
 
@@ -265,8 +266,8 @@ def moved(sizes=(2, 4, 6, 3), window=(2, 3), shift=(1, 1)):
     trace = Trace(None, True)
     view = (sizes[0], sizes[1] // window[0], window[0], sizes[2] // window[1], window[1], sizes[3])
     rolled = torch.roll(x, [-s for s in shift], (1, 2)) if any(shift) else x
-    stand_in = follow_windows._cut(trace, x, view, shift)
-    return stand_in, rolled.view(view)
+    stand_in = follow_windows.Moved(trace, x, layout_of(tuple(sizes), shift))
+    return stand_in.view(view), rolled.view(view)
 
 
 REARRANGED = {

@@ -65,16 +65,22 @@ class Apart:
         self.trace = trace
 
     def __enter__(self):
-        self.before, self.trace.busy, self.mode = self.trace.busy, True, None
-        if not torch.compiler.is_compiling():
-            modes = torch._C._len_torch_function_stack()
-            if modes and isinstance(torch._C._get_function_stack_at(modes - 1), Following):
-                self.mode = torch._C._pop_torch_function_stack()
+        self.before, self.trace.busy, self.mode = self.trace.busy, True, innermost()
+        if self.mode is not None:
+            torch._C._pop_torch_function_stack()
 
     def __exit__(self, *error):
         self.trace.busy = self.before
         if self.mode is not None:
             torch._C._push_on_torch_function_stack(self.mode)
+
+
+def innermost() -> Following | None:
+    """The mode that follows, where it is what torch asks first, and may be put aside."""
+    if torch.compiler.is_compiling() or not (modes := torch._C._len_torch_function_stack()):
+        return None
+    mode = torch._C._get_function_stack_at(modes - 1)
+    return mode if isinstance(mode, Following) else None
 
 
 def following(method: Callable, backend: str | None, maps: Callable[[], bool] | None = None) -> Callable:
@@ -227,8 +233,13 @@ for _name in (*(name for rule in _NAMES.values() for name in rule), *(f"__{name}
 
 def run(func: Callable, args, kwargs):
     """A function of torch whose arguments hold a Followed: by a rule, or on tensors."""
-    args = tuple(x.computed if isinstance(x, Followed) and x.computed is not None else x for x in args)
-    owner = next((x for x in (*args, *kwargs.values()) if isinstance(x, Followed)), None)
+    owner, computed = None, False
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Followed):
+            computed = computed or x.computed is not None
+            owner = x if owner is None and x.computed is None else owner
+    if computed:
+        args = tuple(x.computed if isinstance(x, Followed) and x.computed is not None else x for x in args)
     rule = getattr(type(owner), _RULES.get(func, ""), None)
     if rule is not None:
         with Apart(owner.trace):

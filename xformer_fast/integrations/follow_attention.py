@@ -386,11 +386,16 @@ class Decomposed(Rule):
 @begins("matmul")
 def product(trace: Trace, a, b):
     """a (*lead, Sq, D) @ b (*lead, D, Sk) as scores."""
-    if trace.maps and isinstance(a, Tensor):  # the attention in such a block is followed by itself, if it has to be
+    return scores_of(trace, a, b.transpose(-1, -2)) if len(b.shape) > 2 else NotImplemented
+
+
+def scores_of(trace: Trace, query, key):
+    """query (*lead, Sq, D) and key (*lead, Sk, D) as scores."""
+    if trace.maps and isinstance(query, Tensor):  # attention in such a block is followed by itself, if it has to be
         return NotImplemented
-    if len(a.shape) < 3 or len(a.shape) != len(b.shape) or a.shape[:-2] != b.shape[:-2]:
-        return NotImplemented
-    return Scores(trace, a, b.transpose(-1, -2))
+    shape = query.shape
+    fits = len(shape) > 2 and len(key.shape) == len(shape) and key.shape[:-2] == shape[:-2]
+    return Scores(trace, query, key) if fits else NotImplemented
 
 
 @begins("baddbmm")
@@ -456,7 +461,7 @@ def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     with Apart(trace):
         result = NotImplemented
         if not is_causal and not enable_gqa:
-            scores = product(trace, query, key.transpose(-1, -2))
+            scores = scores_of(trace, query, key)
             if scores is not NotImplemented and attn_mask is not None:
                 boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
                 scores = scores.but(biases=(attn_mask,)) if boolean else scores.on_add(scores, attn_mask)

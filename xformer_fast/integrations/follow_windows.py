@@ -2,7 +2,7 @@
 
 Swin's blocks (and MaxViT's, with grids) roll a map (B, H, W, C), cut it by a view and a permutation into windows, treat
 every token alike (projections, norms), attend inside each window, and undo all of it. `Moved` stands for such a tensor:
-the map stays where it lies, and each axis of what the host sees is a list of axes of the map,
+the map stays where it lies, and each axis of what the host sees is a list of axes of the map (map_layout.py),
 
     view (B, H/w, w, W/w, w, C), permute (0, 1, 3, 2, 4, 5), view (-1, w * w, C)   ->   [b x0 x1] [y0 y1] [C]
 
@@ -19,8 +19,6 @@ hosts add -100, and reads no mask.
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +27,10 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import DEFAULT
 from ..ops.window_attention import explain, window_attention
+from . import map_layout
 from .follow import Followed, Trace, begins, sizes_of, takes_all
 from .follow_attention import Bias, Unit, Weights, product, sdpa
+from .map_layout import Layout, Windows, layout_of
 
 _MARK = -90.0  # an addend that hides: Swin's is -100
 
@@ -45,39 +45,15 @@ def windows_run(weight: Tensor | None, backend: str | None) -> bool:
     return against.get(chosen) == "" and (chosen != "reference" or weight.is_cpu or backend == chosen)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Sides of a map, sides of its windows, and how far it was rolled before it was cut."""
-
-    sides: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int]
-
-    @property
-    def count(self):
-        return math.prod(self.sides) // math.prod(self.window)
-
-
 class Moved(Followed):
-    """`base` (B, H, W, *features), of which the host sees a rearrangement.
+    """`base` (B, H, W, *features), of which the host sees the rearrangement `layout`."""
 
-    cut: ((x0, y0), (x1, y1)), the sizes of the two parts of each side; before the cut x is the whole side and y is 1.
-    axes: for each axis that the host sees, the axes of the map that make it up: "b", "x0", "y0", "x1", "y1", or the
-    index of a feature axis. Axes of size 1 are left out.
-    """
-
-    def __init__(self, trace: Trace, base: Tensor, cut, shift, axes):
-        self.trace, self.base, self.cut, self.shift, self.axes = trace, base, cut, shift, axes
-        batch, _, _, *features = base.shape
-        (x0, y0), (x1, y1) = cut
-        self.lengths = {"b": batch, "x0": x0, "y0": y0, "x1": x1, "y1": y1, **dict(enumerate(features))}
-        self._shape = None
+    def __init__(self, trace: Trace, base: Tensor, layout: Layout):
+        self.trace, self.base, self.layout = trace, base, layout
 
     @property
     def shape(self):
-        if self._shape is None:
-            self._shape = torch.Size([math.prod([self.lengths[axis] for axis in group]) for group in self.axes])
-        return self._shape
+        return self.layout.shape
 
     @property
     def dtype(self):
@@ -87,48 +63,33 @@ class Moved(Followed):
     def device(self):
         return self.base.device
 
-    def of(self, base: Tensor, axes=None) -> "Moved":
-        return Moved(self.trace, base, self.cut, self.shift, self.axes if axes is None else tuple(map(tuple, axes)))
-
-    @property
-    def features(self) -> list[int]:
-        """The feature axes of the map that are longer than 1."""
-        return [i for i, size in enumerate(self.base.shape[3:]) if size != 1]
-
-    def in_place(self):
-        """The map itself, where the host sees it in order and rolled back."""
-        return self.base if not any(self.shift) and self.axes == self.whole else self
-
-    @property
-    def whole(self):
-        """The axes of the map in order."""
-        return _cached(_in_order, tuple(self.lengths.items()))
+    def of(self, base: Tensor, layout: Layout | None = None):
+        """Another map in the same layout, or in one after it; itself, where that is how the host sees it."""
+        layout = self.layout if layout is None else layout
+        return base if layout.in_place else Moved(self.trace, base, layout)
 
     def compute(self):
-        base = torch.roll(self.base, [-s for s in self.shift], (1, 2)) if any(self.shift) else self.base
-        batch, _, _, *features = base.shape
-        base = base.reshape(batch, *self.cut[0], *self.cut[1], *features)
-        places = {"b": 0, "x0": 1, "y0": 2, "x1": 3, "y1": 4} | {i: 5 + i for i in range(len(features))}
-        order = [places[axis] for group in self.axes for axis in group]
+        layout = self.layout
+        base = torch.roll(self.base, [-s for s in layout.shift], (1, 2)) if layout.rolled else self.base
+        base = base.reshape(layout.batch, *layout.cut[0], *layout.cut[1], *layout.features)
+        places = {axis: place for place, axis in enumerate(("b", "x0", "y0", "x1", "y1", *range(len(layout.features))))}
+        order = [places[axis] for group in layout.axes for axis in group]
         dropped = [place for place in places.values() if place not in order]
         return base.permute(*order, *dropped).reshape(self.shape)
 
     # what rearranges
 
     def on_view(self, x, *sizes):
-        sizes = sizes_of(sizes)
-        if sizes is None:
+        if len(sizes) < 2 or not isinstance(sizes[0], int):
+            sizes = sizes_of(sizes)
+        layout = None if sizes is None else self.layout.after(map_layout.viewed, *sizes)
+        if layout is None:
             return NotImplemented
-        if -1 in sizes:
-            known = math.prod([size for size in sizes if size != -1])
-            sizes[sizes.index(-1)] = math.prod(self.shape) // known
-        if self.axes == self.whole and len(sizes) == 6 and all(y == 1 for _, y in self.cut):
-            return _cut(self.trace, self.base, sizes, self.shift) if _cuts(self.base, sizes) else NotImplemented
-        plan = _cached(_split, tuple(self.lengths.items()), self.axes, tuple(sizes))
-        if plan is None:
-            return NotImplemented
-        features, axes = plan
-        return self.of(self.base.reshape(*self.base.shape[:3], *features), axes).in_place()
+        if layout.rolled and layout.cut != self.layout.cut:
+            self.trace.windows = layout.windows
+        features = layout.features
+        base = self.base if features == self.layout.features else self.base.reshape(*self.base.shape[:3], *features)
+        return self.of(base, layout)
 
     def on_view_as(self, x, other):
         return self.on_view(x, *other.shape)
@@ -145,54 +106,47 @@ class Moved(Followed):
 
     def on_permute(self, x, *order):
         order = order[0] if len(order) == 1 and isinstance(order[0], tuple | list) else order
-        return self.of(self.base, [self.axes[i] for i in order]).in_place()
+        return self.of(self.base, self.layout.after(map_layout.permuted, *order))
 
     def on_transpose(self, x, dim0, dim1):
-        axes = list(self.axes)
-        axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
-        return self.of(self.base, axes).in_place()
+        return self.of(self.base, self.layout.after(map_layout.transposed, dim0, dim1))
 
     def on_unbind(self, x, dim=0):
-        size = self.shape[dim]
-        return tuple(self._select(dim, i) for i in range(size)) if self._feature(dim) is not None else NotImplemented
+        layout = self.layout.after(map_layout.selected, dim)
+        if layout is None:
+            return NotImplemented
+        return tuple(self.of(part, layout) for part in self.base.unbind(3 + self.layout.feature(dim)))
 
     def on_getitem(self, x, index):
         if isinstance(index, bool) or not isinstance(index, int):
             return self if takes_all(index, self.shape) else NotImplemented
-        return self._select(0, index) if self._feature(0) is not None else NotImplemented
-
-    def _feature(self, dim) -> int | None:
-        """The feature axis that is all of an axis that the host sees."""
-        group = self.axes[dim]
-        return group[0] if len(group) == 1 and isinstance(group[0], int) else None
-
-    def _select(self, dim, i):
-        feature, place = self._feature(dim), dim % len(self.axes)
-        axes = [group for number, group in enumerate(self.axes) if number != place]
-        axes = [[x - 1 if isinstance(x, int) and x > feature else x for x in group] for group in axes]
-        return self.of(self.base.select(3 + feature, i), axes)
+        layout = self.layout.after(map_layout.selected, 0)
+        if layout is None:
+            return NotImplemented
+        return self.of(self.base.select(3 + self.layout.feature(0), index), layout)
 
     def on_chunk(self, x, chunks, dim=0):
-        feature = self._feature(dim)
-        if feature is None or self.lengths[feature] % chunks or self.lengths[feature] == chunks:
+        layout = self.layout.after(map_layout.chunked, chunks, dim)
+        if layout is None:
             return NotImplemented
-        return tuple(self.of(part) for part in self.base.chunk(chunks, 3 + feature))
+        return tuple(self.of(part, layout) for part in self.base.chunk(chunks, 3 + self.layout.feature(dim)))
 
     # what treats every token alike
 
     def on_linear(self, x, weight, bias=None):
-        if not isinstance(weight, Tensor) or list(self.axes[-1]) != self.features:
+        layout = self.layout.after(map_layout.projected, weight.shape[0]) if isinstance(weight, Tensor) else None
+        if layout is None:
             return NotImplemented
-        base = F.linear(self.base.flatten(3), weight, bias)
-        return self.of(base, (*self.axes[:-1], () if weight.shape[0] == 1 else (0,))).in_place()
+        base = self.base if len(self.layout.features) == 1 else self.base.flatten(3)
+        return self.of(F.linear(base, weight, bias), layout)
 
     def on_layer_norm(self, x, normalized_shape, weight=None, bias=None, eps=1e-5):
-        if len(normalized_shape) != 1 or list(self.axes[-1]) != self.features or self.base.dim() != 4:
+        if len(normalized_shape) != 1 or not self.layout.features_last or len(self.layout.features) != 1:
             return NotImplemented
         return self.of(F.layer_norm(self.base, normalized_shape, weight, bias, eps))
 
     def on_normalize(self, x, p=2.0, dim=1, eps=1e-12, out=None):
-        last = dim in (-1, len(self.axes) - 1)
+        last = dim in (-1, len(self.shape) - 1)
         return Unit(self.trace, self) if p == 2 and eps == 1e-12 and out is None and last else NotImplemented
 
     def on_dropout(self, x, p=0.5, training=True, inplace=False):
@@ -212,43 +166,28 @@ class Moved(Followed):
 
     def _with(self, function, other):
         if isinstance(other, Moved):
-            alike = other.axes == self.axes and other.cut == self.cut and other.shift == self.shift
-            alike = alike and other.base.shape == self.base.shape
-            return self.of(function(self.base, other.base)) if alike else NotImplemented
+            mine, its = self.layout, other.layout
+            same = (its.axes, its.cut, its.shift, its.features) == (mine.axes, mine.cut, mine.shift, mine.features)
+            return self.of(function(self.base, other.base)) if same and its.batch == mine.batch else NotImplemented
         if isinstance(other, Followed):
             return NotImplemented
         if isinstance(other, Tensor) and other.dim():
-            other = self._aligned(other)
-            if other is None:
+            plan = self.layout.after(map_layout.aligned, *other.shape)
+            if plan is None:
                 return NotImplemented
+            sizes, order, features = plan
+            other = other.reshape(sizes).permute(order).reshape(features)
         return self.of(function(self.base, other))
 
-    def _aligned(self, other: Tensor) -> Tensor | None:
-        """A tensor that broadcasts to what the host sees, alike for all tokens, as one that broadcasts to the map."""
-        if other.dim() > len(self.axes):
-            return None
-        sizes, order = [], []
-        for size, group in zip(other.shape, self.axes[len(self.axes) - other.dim() :], strict=True):
-            if size != 1:
-                if not all(isinstance(axis, int) for axis in group):
-                    return None
-                sizes += [self.lengths[axis] for axis in group]
-                order += group
-        features = self.base.dim() - 3
-        other = other.reshape(sizes).permute(sorted(range(len(order)), key=order.__getitem__))
-        return other.reshape([self.lengths[i] if i in order else 1 for i in range(features)])
-
     def on_roll(self, x, shifts, dims=None):
-        back = isinstance(dims, tuple | list) and tuple(dims) == (1, 2) and tuple(shifts) == self.shift
-        return self.base if back and self.axes == self.whole else NotImplemented
+        layout = self.layout
+        back = isinstance(dims, tuple | list) and tuple(dims) == (1, 2) and tuple(shifts) == layout.shift
+        return self.base if back and layout.in_order else NotImplemented
 
     def on_pad(self, x, pad, mode="constant", value=None):
         return self if not any(pad) else NotImplemented
 
     # attention
-
-    def _sides(self, part: str):
-        return tuple(axis for axis in (f"{part}0", f"{part}1") if self.lengths[axis] != 1)
 
     def on_scaled_dot_product_attention(self, *args, **kwargs):
         return sdpa(*args, **kwargs)
@@ -259,14 +198,15 @@ class Moved(Followed):
     def attend(self, weights: Weights, value):
         """The attention of `weights`, whose query self is, inside windows."""
         scores = weights.scores
-        moved = (self, scores.key, value)
-        part = next((part for part in "yx" if self.axes[-2] == self._sides(part)), None)
-        if part is None or weights.dropout_p or not all(isinstance(x, Moved) and _alike(x, self) for x in moved):
+        place = self.layout.after(map_layout.attended)
+        if place is None or weights.dropout_p:
             return NotImplemented
-        partition = {"y": "window", "x": "grid"}[part]
-        window = self.lengths[f"{part}0"], self.lengths[f"{part}1"]
+        moved = (self, scores.key, value)
+        if not all(isinstance(x, Moved) and self.layout.after(map_layout.alike, x.layout) for x in moved):
+            return NotImplemented
+        partition, window = place
         bias, shifted = _biases(scores, self, window)
-        if bias is NotImplemented or shifted != any(self.shift) or (shifted and partition == "grid"):
+        if bias is NotImplemented or shifted != self.layout.rolled or (shifted and partition == "grid"):
             return NotImplemented
         heads = [x.base if x.base.dim() == 5 else x.base.unsqueeze(3) for x in moved]
         options = {"scale": scores.scale}
@@ -278,93 +218,16 @@ class Moved(Followed):
         elif scores.factor is not None:
             return NotImplemented
         if shifted:
-            options["shift"] = self.shift
+            options["shift"] = self.layout.shift
         out = window_attention(*heads, window, bias=bias, partition=partition, backend=self.trace.backend, **options)
         return value.of(out.reshape(value.base.shape))
-
-
-def _cached(function: Callable, *arguments):
-    """What depends on sizes alone is found out once for each, where sizes are numbers and not symbols."""
-    if torch.compiler.is_compiling():
-        return function.__wrapped__(*arguments)
-    try:
-        hash(arguments)
-    except TypeError:
-        return function.__wrapped__(*arguments)
-    return function(*arguments)
-
-
-@functools.lru_cache(maxsize=1024)
-def _in_order(lengths):
-    lengths = dict(lengths)
-    features = [(axis,) for axis in lengths if isinstance(axis, int)]
-    order = ("b",), ("x0", "y0"), ("x1", "y1"), *features
-    return tuple(tuple(axis for axis in group if lengths[axis] != 1) for group in order)
-
-
-@functools.lru_cache(maxsize=4096)
-def _split(lengths, axes, sizes):
-    """`axes` viewed as `sizes`: the feature axes then, and the axes that the host sees; None: no view can be that."""
-    lengths = dict(lengths)
-    left = [(axis, lengths[axis]) for group in axes for axis in group]
-    parts = [[] for axis in lengths if isinstance(axis, int)]  # the sizes that a feature axis is split into
-    groups = []
-    for size in sizes:
-        group = []
-        while size != 1:
-            if not left:
-                return None
-            axis, length = left.pop(0)
-            taken = size if size % length else length
-            if taken != length:
-                if length % taken or not isinstance(axis, int):
-                    return None
-                left.insert(0, (axis, length // taken))
-            if isinstance(axis, int):
-                parts[axis].append(taken)
-                axis = axis, len(parts[axis]) - 1
-            group.append(axis)
-            size = size // taken
-        groups.append(group)
-    if left:
-        return None
-    parts = [part or [1] for part in parts]
-    first = [sum(map(len, parts[:i])) for i in range(len(parts))]
-    axes = [[first[axis[0]] + axis[1] if isinstance(axis, tuple) else axis for axis in group] for group in groups]
-    return [size for part in parts for size in part], tuple(map(tuple, axes))
-
-
-def _cuts(x: Tensor, sizes) -> bool:
-    """Is (B, x0, y0, x1, y1, C) a view of the map?"""
-    if x.dim() != 4 or x.shape[3] == 1:  # a map of numbers is a host's way to its mask
-        return False
-    return tuple(x.shape) == (sizes[0], sizes[1] * sizes[2], sizes[3] * sizes[4], sizes[5])
-
-
-def _cut(trace: Trace, base: Tensor, sizes, shift) -> Moved:
-    """The map seen as (B, x0, y0, x1, y1, C)."""
-    cut = tuple(sizes[1:3]), tuple(sizes[3:5])
-    moved = Moved(trace, base, cut, shift, ())
-    names = ("b", "x0", "y0", "x1", "y1", 0)
-    moved.axes = tuple((name,) if moved.lengths[name] != 1 else () for name in names)
-    if any(shift):
-        trace.windows = Windows(tuple(base.shape[1:3]), (cut[0][1], cut[1][1]), shift)
-    return moved
-
-
-def _alike(x: Moved, query: Moved) -> bool:
-    """Are its tokens where the query's are, heads and channels in order behind them?"""
-    if x.cut != query.cut or x.shift != query.shift or x.axes[:-1] != query.axes[:-1] or x.base.dim() not in (4, 5):
-        return False
-    *heads, channel = range(x.base.dim() - 3)
-    within = [axis for group in x.axes[:-1] for axis in group if isinstance(axis, int)]
-    return list(x.axes[-1]) == [channel][: x.base.shape[-1] != 1] and within == [h for h in heads if h in x.features]
 
 
 def _biases(scores, query: Moved, window) -> tuple:
     """The biases of scores as one (H, N, N) or None, and whether one of them is the mask of shifted windows."""
     total, shifted = None, False
     heads = query.base.shape[3] if query.base.dim() == 5 else 1
+    shape = (heads, math.prod(window), math.prod(window))
     for bias in scores.biases:
         if isinstance(bias, Region):
             if torch.compiler.is_compiling() and bias.windows.count == heads:
@@ -376,18 +239,12 @@ def _biases(scores, query: Moved, window) -> tuple:
         if bias is None:
             return NotImplemented, False
         total = bias if total is None else total + bias
-    if total is None:
-        return None, shifted
-    return total.expand(heads, math.prod(window), math.prod(window)), shifted
+    return total if total is None or total.shape == shape else total.expand(shape), shifted
 
 
 def _of_heads(x: Tensor, query: Moved) -> Tensor | None:
     """A tensor that broadcasts to scores, as (heads or 1, rows, columns); None where it varies in batch or windows."""
-    lead = (1,) * (len(query.axes) - x.dim()) + tuple(x.shape[:-2])
-    for size, group in zip(lead, query.axes[:-2], strict=True):
-        if size != 1 and not all(isinstance(axis, int) for axis in group):
-            return None
-    return x.reshape(-1, *x.shape[-2:])
+    return x.reshape(-1, *x.shape[-2:]) if query.layout.after(map_layout.of_heads, *x.shape[:-2]) else None
 
 
 class Region(Bias):
@@ -466,9 +323,7 @@ def _roll(trace: Trace, x, shifts, dims=None):
         return NotImplemented
     if any(s > 0 for s in shifts) or not any(shifts):
         return NotImplemented
-    moved = Moved(trace, x, tuple((side, 1) for side in x.shape[1:3]), tuple(-s for s in shifts), ())
-    moved.axes = moved.whole
-    return moved
+    return Moved(trace, x, layout_of(tuple(x.shape), tuple(-s for s in shifts)))
 
 
 @begins("view")
@@ -477,8 +332,11 @@ def _view(trace: Trace, x, *sizes):
         return NotImplemented
     if x.dim() == 3:
         return Region(trace, x, trace.windows).on_view(x, *sizes) if _is_region(trace, x) else NotImplemented
+    if x.dim() != 4 or len(sizes) not in (1, 6):
+        return NotImplemented
     sizes = sizes_of(sizes)
-    return _cut(trace, x, sizes, (0, 0)) if sizes and len(sizes) == 6 and _cuts(x, sizes) else NotImplemented
+    layout = layout_of(tuple(x.shape)).after(map_layout.viewed, *sizes) if sizes and len(sizes) == 6 else None
+    return NotImplemented if layout is None else Moved(trace, x, layout)
 
 
 @begins("unsqueeze")

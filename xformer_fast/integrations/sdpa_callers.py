@@ -11,6 +11,7 @@ The rebound methods see their module's globals as they were at the first patch. 
 notebook, say, may rely on globals that change, so only LIBRARIES are looked at.
 """
 
+import contextlib
 import functools
 import inspect
 import types
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import PatchReport
 from .common import no_kernel, original, restore, swap, swapped
-from .follow import Followed
+from .follow import Apart, Followed, innermost
 from .follow_attention import sdpa
 
 LIBRARIES = {"timm", "transformers"}
@@ -59,9 +60,11 @@ def _stand_ins(backend: str | None) -> dict[int, object]:
     ) -> Tensor:
         if isinstance(query, Followed) or isinstance(attn_mask, Followed):
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        return ops.attention.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
-        )
+        mode = innermost()
+        with contextlib.nullcontext() if mode is None else Apart(mode.trace):
+            return ops.attention.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
+            )
 
     functional = _copy(F, **{SDPA: scaled_dot_product_attention})
     layers = _copy(nn, functional=functional)
