@@ -11,8 +11,9 @@ that is the floor, and `ceiling` the speed-up that attention at no cost would br
 
 A training step is forward and backward, without dropout and without an optimiser. A result outside the rule gets no
 speed: in float32 the output may differ by 1e-4 of its largest entry and each gradient by 2e-3 of its own; in bfloat16
-both may be twice as far from the float32 model as the host's are, plus 1%. Many cases have fewer layers than the model
-they are named after: every layer costs the same, and the row says how many there are.
+both may be twice as far from the float32 model as the host's are, plus 1%. A half-precision model whose host takes
+longer than --longest for one call is left out: torch has no fast products of those types for every CPU. Many cases have
+fewer layers than the model they are named after: every layer costs the same, and the row says how many there are.
 """
 
 from __future__ import annotations
@@ -288,9 +289,9 @@ class Bench:
     """One model on one input: every way to run it, checked and timed."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], hosts: tuple[str, ...], *, device: str, seconds: float,
-                 backend: str | None = None, memory: bool = True):  # fmt: skip
+                 backend: str | None = None, memory: bool = True, longest: float = float("inf")):  # fmt: skip
         self.model, self.inputs, self.device = model.to(device).eval(), inputs, device
-        self.seconds, self.backend, self.memory = seconds, backend, memory
+        self.seconds, self.backend, self.memory, self.longest = seconds, backend, memory, longest
         ways = {name: lambda name=name: hosted(model, name) for name in hosts}
         self.ways = ways | {
             OURS: lambda: xformer_fast.patched(model, backend=backend),
@@ -298,6 +299,7 @@ class Bench:
         }
         self.hosts = hosts
         self.truth: dict[str, Result] = {}
+        self.slow: dict[str, str] = {}  # dtype -> why it is left out
 
     def in_dtype(self, dtype: torch.dtype) -> None:
         self.model.to(dtype)
@@ -338,7 +340,14 @@ class Bench:
             self.truth[mode] = self.result(self.hosts[0], mode)
         truth = self.truth[mode]
         self.in_dtype(DTYPES[dtype])
-        host = truth if dtype == "float32" else self.result(self.hosts[0], mode)
+        host = truth
+        if dtype != "float32" and dtype not in self.slow:
+            start = time.perf_counter()
+            host = self.result(self.hosts[0], mode)
+            if (took := time.perf_counter() - start) > self.longest:
+                self.slow[dtype] = f"one call takes the host {took:.0f} s, more than --longest {self.longest:g}"
+        if dtype in self.slow:
+            return [{"dtype": dtype, "mode": mode, "peer": OURS, "status": "skipped", "reason": self.slow[dtype]}]
         theirs = errors(host, truth)
         rows = {}
         for way in self.ways:
@@ -390,7 +399,7 @@ class Bench:
 
 
 def bench(cases, *, dtypes=None, modes=MODES, device="cpu", seconds=5.0, deadline=float("inf"),
-          backend=None, memory=True, on_rows=None, show=True) -> list[dict[str, Any]]:  # fmt: skip
+          backend=None, memory=True, longest=float("inf"), on_rows=None, show=True) -> list[dict]:  # fmt: skip
     """Every case in its dtypes, or in those given, and every mode; `on_rows` receives the rows of each of these as soon
     as they are there."""
     facts = measure.machine_facts(device)
@@ -410,7 +419,8 @@ def bench(cases, *, dtypes=None, modes=MODES, device="cpu", seconds=5.0, deadlin
             if on_rows:
                 on_rows(found)
             continue
-        trial = Bench(model, inputs, case.hosts, device=device, seconds=seconds, backend=backend, memory=memory)
+        options = {"device": device, "seconds": seconds, "backend": backend, "memory": memory, "longest": longest}
+        trial = Bench(model, inputs, case.hosts, **options)
         for dtype, mode in wanted:
             if time.monotonic() > deadline:
                 left_out.append(f"{case.name} {dtype} {mode}")
@@ -494,6 +504,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", default=None, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=None, help="timing per dtype and mode (default 5; --quick 1)")
+    parser.add_argument("--longest", type=float, default=10.0, help="seconds of a half-precision call (default 10)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="CSV|FOLDER")
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
@@ -510,7 +521,7 @@ def main() -> int:
     with contextlib.closing(ModelsCsv(out, append=args.append)) if out else contextlib.nullcontext() as sink:
         rows = bench(
             cases, dtypes=args.dtype, modes=args.mode, device=args.device, seconds=seconds, backend=args.backend,
-            deadline=time.monotonic() + args.budget, memory=not args.quick, on_rows=sink,
+            deadline=time.monotonic() + args.budget, memory=not args.quick, longest=args.longest, on_rows=sink,
         )  # fmt: skip
     return 1 if failures(rows) else 0
 

@@ -191,6 +191,18 @@ def test_every_case_names_a_part_and_modes():
         models.select("no_such_case")
 
 
+def test_half_precision_that_takes_too_long_is_left_out():
+    build = lambda: (nn.Linear(4, 4), {"input": torch.randn(2, 4)})  # noqa: E731
+    case = models.Case("linear", build, "2x4", "1", ("own",), dtypes=("float32", "bfloat16"))
+    rows = models.bench([case], seconds=0, longest=0.0, memory=False, show=False)
+    half = [row for row in rows if row["dtype"] == "bfloat16"]
+    assert {(row["mode"], row["status"]) for row in rows if row not in half} == {("fwd", "ok"), ("both", "ok")}
+    assert [row["mode"] for row in half] == list(models.MODES) and not models.failures(half)
+    assert all(row["status"] == "skipped" and "--longest 0" in row["reason"] for row in half)
+    assert all(models.line([row]) for row in half)
+    assert {row["status"] for row in models.bench([case], seconds=0, memory=False, show=False)} == {"ok"}
+
+
 def test_the_host_gets_its_setting_back():
     model = MODELS["bert"].build()
     before = model.config._attn_implementation
