@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import types
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import xformer_fast
 from xformer_fast.integrations import follow_windows
 from xformer_fast.integrations.follow import Trace, following
+from xformer_fast.integrations.follow_windows import masks_followed
 from xformer_fast.integrations.map_layout import layout_of
 
 DIM = 12
@@ -153,7 +155,7 @@ class Block(nn.Module):
 
 
 class FollowedBlock(Block):
-    forward = following(Block.forward, None, lambda: True)
+    forward = following(Block.forward, None, lambda: True, follow_windows.whole_map)
 
 
 def compare(size=(6, 8), batch=2, told=False, **options):
@@ -196,6 +198,52 @@ def test_windows(options, attend, calls):
         DIM // options.get("heads", 3),
     )
     assert ("logit_scale" in calls[0]) == (attend == "cosine")
+
+
+class NormedBlock(Block):
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+class FollowedNormedBlock(NormedBlock):
+    forward = following(NormedBlock.forward, None, lambda: True, follow_windows.whole_map)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attend", ["sdpa", "by_hand", "cosine"])
+@pytest.mark.parametrize(
+    ("options", "kind", "size", "ways"),  # "mode": it was on; "fused": window_attention was reached
+    [
+        ({"window": (3, 4)}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
+        ({"window": (3, 2), "grid": True}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
+        ({"window": (3, 4), "shift": (1, 2)}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
+        ({"window": (3, 4), "shift": (1, 2), "mask": torch.zeros(4, 12, 12)}, FollowedBlock, (6, 8), ["mode", "", ""]),
+        ({"window": (6, 8)}, FollowedBlock, (6, 8), ["mode", "", ""]),
+        ({"window": (3, 4)}, FollowedBlock, (5, 8), ["mode fused", "mode fused", "mode fused"]),  # padded first
+        ({"window": (3, 4)}, FollowedNormedBlock, (6, 8), ["mode fused", "", "mode fused"]),
+    ],
+    ids=str,
+)
+def test_calls_after_the_first(options, kind, size, ways, attend, calls):
+    if options["window"] == size and attend == "sdpa":  # a call of torch's sdpa, which the mode takes over
+        ways = ["mode"] * 3
+    model = Block(attend=attend, **options)
+    model.__class__ = NormedBlock if kind is FollowedNormedBlock else Block
+    followed = copy.deepcopy(model)
+    followed.__class__ = kind
+    followed.attend = types.MethodType(masks_followed(getattr(kind, attend)), followed)
+    modes = []
+    followed.qkv.register_forward_pre_hook(lambda *_: modes.append(torch._C._len_torch_function_stack()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for way in ways:
+            x = torch.randn(2, *size, DIM)
+            modes.clear(), calls.clear()
+            assert (followed(x) - model(x)).abs().max() <= 1e-5
+            assert (len(calls), modes) == ("fused" in way, ["mode" in way])
+        for height in (6, 12) if model.mask is None else (6,):  # another shape is another matter
+            for x in torch.randn(3, 1, height, 8, DIM):
+                assert (followed(x) - model(x)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("attend", ["sdpa", "by_hand", "cosine"])

@@ -13,6 +13,7 @@ by the host's own operations, and the host goes on with it. So a module may be f
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,7 @@ class Trace:
         self.backend = backend
         self.maps = maps  # maps that are cut into windows are followed too: follow_windows.py
         self.windows = None  # the geometry of the map that was rolled and cut last
+        self.begun = []  # the tensors that following began with
         self.busy = False  # inside a rule: what it computes is not followed
         self.attended = False  # attention ran on our kernels
         self.unknown = None  # the first function that made scores or moved tokens be computed
@@ -50,6 +52,7 @@ class Following(TorchFunctionMode):
         if begin is not None:
             result = begin(self.trace, *args, **kwargs)
             if result is not NotImplemented:
+                self.trace.begun.append(args[0])
                 return result
         return func(*args, **kwargs)
 
@@ -83,13 +86,22 @@ def innermost() -> Following | None:
     return mode if isinstance(mode, Following) else None
 
 
-def following(method: Callable, backend: str | None, maps: Callable[[], bool] | None = None) -> Callable:
-    """`method` of a module, followed; `maps()` says whether cuts of maps are, too.
+def following(
+    method: Callable,
+    backend: str | None,
+    maps: Callable[[], bool] | None = None,
+    stand_in: Callable[[Trace, Tensor], "Followed"] | None = None,
+) -> Callable:
+    """`method` of a module, followed; `maps()` says whether cuts of maps are, too, and `stand_in` gives one for a map.
 
+    The mode hands every call of torch to Python. So later calls of a module with such a map do without it, where they
+    can: if all began with one like the first argument, that gets its stand-in from the start, as long as attention is
+    reached so; if attention was not reached, they are not followed.
     Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
     """
     names = list(inspect.signature(method).parameters)
     wish = names.index("output_attentions") - 1 if "output_attentions" in names else None
+    ways = weakref.WeakKeyDictionary()  # module -> {what the way depends on: "mode", "stand-in" or "plain"}
 
     @functools.wraps(method)
     def followed(self, *args, **kwargs):
@@ -98,14 +110,32 @@ def following(method: Callable, backend: str | None, maps: Callable[[], bool] | 
         if asked or inside:  # of a method that is followed
             return method(self, *args, **kwargs)
         trace = Trace(backend, maps is not None and maps())
-        with Following(trace):
-            result = method(self, *args, **kwargs)
+        known, key, first = {}, None, args[0] if args else None
+        if trace.maps and stand_in and _is_map(first) and not torch.compiler.is_compiling():
+            known, key = ways.setdefault(self, {}), (first.shape, self.training)
+        way = known.get(key)
+        if way == "plain":
+            return method(self, *args, **kwargs)
+        if way == "stand-in":
+            result = method(self, stand_in(trace, first), *args[1:], **kwargs)
+            if not trace.attended:
+                known[key] = "mode"
+        else:
+            with Following(trace):
+                result = method(self, *args, **kwargs)
+            if way is None and key is not None and len(known) < 256:
+                like_first = len(trace.begun) == 1 and trace.begun[0].shape == first.shape
+                known[key] = "plain" if not trace.attended else "stand-in" if like_first else "mode"
         if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
             what = "windows are cut" if trace.maps else "attention is computed"
             _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
         return _returned(result)
 
     return followed
+
+
+def _is_map(x) -> bool:
+    return type(x) is Tensor and x.dim() == 4
 
 
 @functools.cache
@@ -139,6 +169,10 @@ class Followed:
     def leave(self):
         """What a followed method returns in its place."""
         return self.real()
+
+    def is_told_of(self) -> bool:
+        """Is it worth a warning that it has to be computed?"""
+        return self.weights or self.trace.maps
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -246,7 +280,7 @@ def run(func: Callable, args, kwargs):
             result = rule(owner, *args, **kwargs)
         if result is not NotImplemented:
             return result
-    if owner is not None and (owner.trace.maps or owner.weights):
+    if owner is not None and owner.is_told_of():
         owner.trace.unknown = owner.trace.unknown or func.__name__
     return func(*(real(x) for x in args), **{name: real(x) for name, x in kwargs.items()})
 

@@ -19,6 +19,7 @@ hosts add -100, and reads no mask.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from .. import reference
 from ..dispatch import DEFAULT
 from ..ops.window_attention import explain, window_attention
 from . import map_layout
-from .follow import Followed, Trace, begins, sizes_of, takes_all
+from .follow import Apart, Followed, Trace, begins, sizes_of, takes_all
 from .follow_attention import Bias, Unit, Weights, product, sdpa
 from .map_layout import Layout, Windows, layout_of
 
@@ -67,6 +68,9 @@ class Moved(Followed):
         """Another map in the same layout, or in one after it; itself, where that is how the host sees it."""
         layout = self.layout if layout is None else layout
         return base if layout.in_place else Moved(self.trace, base, layout)
+
+    def is_told_of(self):
+        return not self.layout.in_place
 
     def compute(self):
         layout = self.layout
@@ -181,6 +185,8 @@ class Moved(Followed):
 
     def on_roll(self, x, shifts, dims=None):
         layout = self.layout
+        if layout.in_place:
+            return _roll(self.trace, self.base, shifts, dims)
         back = isinstance(dims, tuple | list) and tuple(dims) == (1, 2) and tuple(shifts) == layout.shift
         return self.base if back and layout.in_order else NotImplemented
 
@@ -255,7 +261,7 @@ class Region(Bias):
 
     @property
     def shape(self):
-        return self.real().shape
+        return self.real().shape if self.steps else self.mask.shape
 
     @property
     def dtype(self):
@@ -324,6 +330,31 @@ def _roll(trace: Trace, x, shifts, dims=None):
     if any(s > 0 for s in shifts) or not any(shifts):
         return NotImplemented
     return Moved(trace, x, layout_of(tuple(x.shape), tuple(-s for s in shifts)))
+
+
+def masks_followed(method: Callable) -> Callable:
+    """`method` of an attention module: given tokens that moved, it is given a stand-in for their mask as well."""
+
+    @functools.wraps(method)
+    def followed(self, *args, **kwargs):
+        trace = next((x.trace for x in args if type(x) is Moved), None)
+        if trace is None or trace.windows is None or torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with Apart(trace):
+            args = [_stand_in(trace, x) for x in args]
+            kwargs = {name: _stand_in(trace, x) for name, x in kwargs.items()}
+        return method(self, *args, **kwargs)
+
+    return followed
+
+
+def _stand_in(trace: Trace, x):
+    return Region(trace, x, trace.windows) if isinstance(x, Tensor) and _is_region(trace, x) else x
+
+
+def whole_map(trace: Trace, x: Tensor) -> Moved:
+    """A map that will be cut next."""
+    return Moved(trace, x, layout_of(tuple(x.shape)))
 
 
 @begins("view")

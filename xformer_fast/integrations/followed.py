@@ -21,22 +21,22 @@ from . import PatchReport
 from .banded import is_banded
 from .common import no_kernel, original, restore, swap, swapped
 from .follow import following
-from .follow_windows import windows_run
+from .follow_windows import masks_followed, whole_map, windows_run
 from .sdpa_callers import LIBRARIES, SDPA, callers, decomposes
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 
 def _recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend) for name, method in scorers(cls).items()}
+    return {name: masks_followed(following(method, backend)) for name, method in scorers(cls).items()}
 
 
 def _block_recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend, lambda: True) for name, method in partitioners(cls).items()}
+    return {name: following(method, backend, lambda: True, whole_map) for name, method in partitioners(cls).items()}
 
 
 def _eager_block_recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend, _in_eager_mode) for name, method in partitioners(cls).items()}
+    return {name: following(method, backend, _in_eager_mode, whole_map) for name, method in partitioners(cls).items()}
 
 
 def _in_eager_mode() -> bool:

@@ -25,6 +25,7 @@ from . import PatchReport
 from .common import no_kernel, original, restore, swap, swapped
 from .follow import Apart, Followed, innermost
 from .follow_attention import sdpa
+from .follow_windows import masks_followed
 
 LIBRARIES = {"timm", "transformers"}
 SDPA = "scaled_dot_product_attention"
@@ -38,8 +39,8 @@ def _recipe(cls: type, backend: str | None) -> dict:
         scope.pop("__name__", None)  # torch.compile would look names up in the module of that name
         bound = types.FunctionType(method.__code__, scope, name, method.__defaults__, method.__closure__)
         bound.__kwdefaults__ = method.__kwdefaults__
-        members[name] = functools.update_wrapper(bound, method)
-    if any("fused_attn" in method.__code__.co_names for method in members.values()):
+        members[name] = masks_followed(functools.update_wrapper(bound, method))
+    if any("fused_attn" in method.__code__.co_names for method in callers(cls).values()):
         members["fused_attn"] = property(lambda self: True)
     return members
 
