@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 class FollowedBlock(Block):
-    forward = following(Block.forward, None, lambda: True, follow_windows.whole_map)
+    forward = following(Block.forward, None, lambda: True, follow_windows.WholeMap)
 
 
 def compare(size=(6, 8), batch=2, told=False, **options):
@@ -206,7 +206,7 @@ class NormedBlock(Block):
 
 
 class FollowedNormedBlock(NormedBlock):
-    forward = following(NormedBlock.forward, None, lambda: True, follow_windows.whole_map)
+    forward = following(NormedBlock.forward, None, lambda: True, follow_windows.WholeMap)
 
 
 @torch.no_grad()
@@ -244,6 +244,33 @@ def test_calls_after_the_first(options, kind, size, ways, attend, calls):
         for height in (6, 12) if model.mask is None else (6,):  # another shape is another matter
             for x in torch.randn(3, 1, height, 8, DIM):
                 assert (followed(x) - model(x)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_what_else_is_done_to_the_map_is_done():
+    """A method that writes to its argument, once it is known that all begins with that."""
+
+    class Writing(Block):
+        def forward(self, x):
+            x.mul_(2)
+            x += 1
+            copy = x.clone()
+            copy += x.permute(0, 3, 1, 2).mean((2, 3))[:, None, None]
+            return super().forward(x) + F.relu(copy, inplace=True) * x.square()
+
+    class FollowedWriting(Writing):
+        forward = following(Writing.forward, None, lambda: True, follow_windows.WholeMap)
+
+    model = Writing((3, 4), (1, 2))
+    followed = copy.deepcopy(model)
+    followed.__class__ = FollowedWriting
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            x = torch.randn(2, 6, 8, DIM)
+            y = x.clone()
+            torch.testing.assert_close(followed(x), model(y), rtol=1e-5, atol=1e-5)
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("attend", ["sdpa", "by_hand", "cosine"])

@@ -69,9 +69,6 @@ class Moved(Followed):
         layout = self.layout if layout is None else layout
         return base if layout.in_place else Moved(self.trace, base, layout)
 
-    def is_told_of(self):
-        return not self.layout.in_place
-
     def compute(self):
         layout = self.layout
         base = torch.roll(self.base, [-s for s in layout.shift], (1, 2)) if layout.rolled else self.base
@@ -185,8 +182,6 @@ class Moved(Followed):
 
     def on_roll(self, x, shifts, dims=None):
         layout = self.layout
-        if layout.in_place:
-            return _roll(self.trace, self.base, shifts, dims)
         back = isinstance(dims, tuple | list) and tuple(dims) == (1, 2) and tuple(shifts) == layout.shift
         return self.base if back and layout.in_order else NotImplemented
 
@@ -352,11 +347,6 @@ def _stand_in(trace: Trace, x):
     return Region(trace, x, trace.windows) if isinstance(x, Tensor) and _is_region(trace, x) else x
 
 
-def whole_map(trace: Trace, x: Tensor) -> Moved:
-    """A map that will be cut next."""
-    return Moved(trace, x, layout_of(tuple(x.shape)))
-
-
 @begins("view")
 def _view(trace: Trace, x, *sizes):
     if not trace.maps:
@@ -368,6 +358,42 @@ def _view(trace: Trace, x, *sizes):
     sizes = sizes_of(sizes)
     layout = layout_of(tuple(x.shape)).after(map_layout.viewed, *sizes) if sizes and len(sizes) == 6 else None
     return NotImplemented if layout is None else Moved(trace, x, layout)
+
+
+class WholeMap(Followed):
+    """A map (B, H, W, C) that a method was given. That it is rolled or cut is followed, nothing else."""
+
+    def __init__(self, trace: Trace, map: Tensor):
+        self.trace, self.map = trace, map
+
+    @property
+    def shape(self):
+        return self.map.shape
+
+    @property
+    def dtype(self):
+        return self.map.dtype
+
+    @property
+    def device(self):
+        return self.map.device
+
+    def real(self):
+        return self.map
+
+    def is_told_of(self):
+        return False
+
+    def on_roll(self, x, shifts, dims=None):
+        return _roll(self.trace, self.map, shifts, dims)
+
+    def on_view(self, x, *sizes):
+        return _view(self.trace, self.map, *sizes)
+
+    def on_pad(self, x, pad, mode="constant", value=None):
+        return self if not any(pad) else NotImplemented
+
+    on_same = None
 
 
 @begins("unsqueeze")

@@ -21,7 +21,7 @@ from . import PatchReport
 from .banded import is_banded
 from .common import no_kernel, original, restore, swap, swapped
 from .follow import following
-from .follow_windows import masks_followed, whole_map, windows_run
+from .follow_windows import WholeMap, masks_followed, windows_run
 from .sdpa_callers import LIBRARIES, SDPA, callers, decomposes
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
@@ -32,11 +32,11 @@ def _recipe(cls: type, backend: str | None) -> dict:
 
 
 def _block_recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend, lambda: True, whole_map) for name, method in partitioners(cls).items()}
+    return {name: following(method, backend, lambda: True, WholeMap) for name, method in partitioners(cls).items()}
 
 
 def _eager_block_recipe(cls: type, backend: str | None) -> dict:
-    return {name: following(method, backend, _in_eager_mode, whole_map) for name, method in partitioners(cls).items()}
+    return {name: following(method, backend, _in_eager_mode, WholeMap) for name, method in partitioners(cls).items()}
 
 
 def _in_eager_mode() -> bool:
