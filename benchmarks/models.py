@@ -439,7 +439,7 @@ def bench(cases, *, dtypes=None, modes=MODES, device="cpu", seconds=5.0, deadlin
 
 
 HEAD = (
-    f"{'model':<20}{'dtype':<10}{'mode':<6}{'before':>10}{'after':>10}{'faster':>8}{'ceiling':>9}{'reached':>9}"
+    f"{'model':<20}{'dtype':<10}{'mode':<6}{'before':>12}{'after':>12}{'faster':>8}{'ceiling':>9}{'reached':>9}"
     f"{'memory before, after':>24}{'errors':>18}"
 )
 
@@ -457,7 +457,7 @@ def line(rows: list[dict[str, Any]]) -> str:
     memory = " ".join("-" if m is None else f"{m:.0f} MiB" for m in memory)
     error = " ".join(f"{ours[k]:.0e}" for k in ("output_error", "gradient_error") if ours.get(k) is not None)
     ceiling = f"{ours['ceiling']:>8.2f}x{ours['of_ceiling']:>9.0%}" if "ceiling" in ours else f"{'-':>9}{'-':>9}"
-    return f"{text}{host['ms']:>7.1f} ms{ours['ms']:>7.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
+    return f"{text}{host['ms']:>9.1f} ms{ours['ms']:>9.1f} ms{ours['vs_host']:>7.2f}x{ceiling}{memory:>24}{error:>18}"
 
 
 class ModelsCsv:
