@@ -87,8 +87,11 @@ def _ours(row: Row) -> bool:
 
 def _subtitle(rows: list[Row]) -> str:
     row = rows[0]
-    version = f"xformer_fast {row['xformer_fast']} ({row['commit']})"
-    return f"{row['device']} · torch {row['torch']} · {version} · {row['date'][:10]}"
+    commits = [*dict.fromkeys(row["commit"] for row in rows)]
+    commits = ", ".join(commits if len(commits) < 4 else (*commits[:2], f"{len(commits) - 2} more"))
+    days = sorted({row["date"][:10] for row in rows})
+    days = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{row['device']} · torch {row['torch']} · xformer_fast {row['xformer_fast']} ({commits}) · {days}"
 
 
 def _title(figure, title: str, rows: list[Row]) -> None:
