@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from host_models import check_equal, disturb
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import xformer_fast
 from xformer_fast.integrations import follow_windows
@@ -217,12 +218,12 @@ class FollowedNormedBlock(NormedBlock):
         ({"window": (3, 4)}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
         ({"window": (3, 2), "grid": True}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
         ({"window": (3, 4), "shift": (1, 2)}, FollowedBlock, (6, 8), ["mode fused", "fused", "fused"]),
-        ({"window": (3, 4), "shift": (1, 2), "mask": torch.zeros(4, 12, 12)}, FollowedBlock, (6, 8), ["mode", "", ""]),
+        ({"window": (3, 4), "shift": (1, 2), "mask": torch.zeros(4, 12, 12)}, FollowedBlock, (6, 8), ["mode"] * 3),
         ({"window": (6, 8)}, FollowedBlock, (6, 8), ["mode", "", ""]),
         ({"window": (3, 4)}, FollowedBlock, (5, 8), ["mode fused", "mode fused", "mode fused"]),  # padded first
-        ({"window": (3, 4)}, FollowedNormedBlock, (6, 8), ["mode fused", "", "mode fused"]),
+        ({"window": (3, 4)}, FollowedNormedBlock, (6, 8), ["mode fused", "mode fused", "mode fused"]),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_calls_after_the_first(options, kind, size, ways, attend, calls):
     if options["window"] == size and attend == "sdpa":  # a call of torch's sdpa, which the mode takes over
@@ -244,6 +245,23 @@ def test_calls_after_the_first(options, kind, size, ways, attend, calls):
         for height in (6, 12) if model.mask is None else (6,):  # another shape is another matter
             for x in torch.randn(3, 1, height, 8, DIM):
                 assert (followed(x) - model(x)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("attend", ["sdpa", "by_hand", "cosine", "with_places"])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": (3, 4)}, {"window": (3, 4), "shift": (1, 2)}, {"window": (3, 2), "grid": True}, {"window": (6, 8)}],
+)
+def test_a_first_call_that_is_checkpointed(options, attend):
+    """What is computed again, in the second call, is what the first one computed."""
+    model = Block(attend=attend, **options)
+    followed = copy.deepcopy(model)
+    followed.__class__ = FollowedBlock
+    followed.attend = types.MethodType(masks_followed(getattr(FollowedBlock, attend)), followed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            check_equal(model, followed, lambda model: checkpoint(model, torch.ones(2, 6, 8, DIM), use_reentrant=False))
 
 
 @torch.no_grad()

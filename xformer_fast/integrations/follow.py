@@ -29,9 +29,10 @@ class Trace:
         self.backend = backend
         self.maps = maps  # maps that are cut into windows are followed too: follow_windows.py
         self.windows = None  # the geometry of the map that was rolled and cut last
-        self.begun = []  # the tensors that following began with
+        self.begun = []  # maps that were rolled or cut, and masks, that following began with
         self.busy = False  # inside a rule: what it computes is not followed
         self.attended = False  # attention ran on our kernels
+        self.in_place = False  # it was that of windows, where the map lies
         self.unknown = None  # the first function that made scores or moved tokens be computed
 
 
@@ -52,7 +53,6 @@ class Following(TorchFunctionMode):
         if begin is not None:
             result = begin(self.trace, *args, **kwargs)
             if result is not NotImplemented:
-                self.trace.begun.append(args[0])
                 return result
         return func(*args, **kwargs)
 
@@ -95,8 +95,8 @@ def following(
     """`method` of a module, followed; `maps()` says whether cuts of maps are, too, and `stand_in` gives one for a map.
 
     The mode hands every call of torch to Python. So later calls of a module with such a map do without it, where they
-    can: if all began with one like the first argument, that gets its stand-in from the start, as long as attention is
-    reached so; if attention was not reached, they are not followed.
+    can: if all began with the first argument, that gets its stand-in from the start, as long as attention is reached
+    so; if nothing began, they are not followed. Either way they run what the first call ran, as checkpointing needs.
     Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
     """
     names = list(inspect.signature(method).parameters)
@@ -118,14 +118,14 @@ def following(
             return method(self, *args, **kwargs)
         if way == "stand-in":
             result = method(self, stand_in(trace, first), *args[1:], **kwargs)
-            if not trace.attended:
+            if not trace.in_place:
                 known[key] = "mode"
         else:
             with Following(trace):
                 result = method(self, *args, **kwargs)
             if way is None and key is not None and len(known) < 256:
-                like_first = len(trace.begun) == 1 and trace.begun[0].shape == first.shape
-                known[key] = "plain" if not trace.attended else "stand-in" if like_first else "mode"
+                by_first = len(trace.begun) == 1 and trace.begun[0] is first and trace.in_place
+                known[key] = "stand-in" if by_first else "mode" if trace.begun or trace.attended else "plain"
         if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
             what = "windows are cut" if trace.maps else "attention is computed"
             _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")

@@ -221,6 +221,7 @@ class Moved(Followed):
         if shifted:
             options["shift"] = self.layout.shift
         out = window_attention(*heads, window, bias=bias, partition=partition, backend=self.trace.backend, **options)
+        self.trace.in_place = True
         return value.of(out.reshape(value.base.shape))
 
 
@@ -324,6 +325,7 @@ def _roll(trace: Trace, x, shifts, dims=None):
         return NotImplemented
     if any(s > 0 for s in shifts) or not any(shifts):
         return NotImplemented
+    trace.begun.append(x)
     return Moved(trace, x, layout_of(tuple(x.shape), tuple(-s for s in shifts)))
 
 
@@ -352,19 +354,27 @@ def _view(trace: Trace, x, *sizes):
     if not trace.maps:
         return NotImplemented
     if x.dim() == 3:
-        return Region(trace, x, trace.windows).on_view(x, *sizes) if _is_region(trace, x) else NotImplemented
+        return _region(trace, x).on_view(x, *sizes) if _is_region(trace, x) else NotImplemented
     if x.dim() != 4 or len(sizes) not in (1, 6):
         return NotImplemented
     sizes = sizes_of(sizes)
     layout = layout_of(tuple(x.shape)).after(map_layout.viewed, *sizes) if sizes and len(sizes) == 6 else None
-    return NotImplemented if layout is None else Moved(trace, x, layout)
+    if layout is None:
+        return NotImplemented
+    trace.begun.append(x)
+    return Moved(trace, x, layout)
+
+
+@begins("pad")
+def _pad(trace: Trace, x, pad, mode="constant", value=None):
+    return NotImplemented if any(pad) or not trace.maps or x.dim() != 4 else WholeMap(trace, x, padded=True)
 
 
 class WholeMap(Followed):
-    """A map (B, H, W, C) that a method was given. That it is rolled or cut is followed, nothing else."""
+    """A map (B, H, W, C) that a method was given, or `padded` by nothing: that it is rolled or cut is followed."""
 
-    def __init__(self, trace: Trace, map: Tensor):
-        self.trace, self.map = trace, map
+    def __init__(self, trace: Trace, map: Tensor, padded: bool = False):
+        self.trace, self.map, self.padded = trace, map, padded
 
     @property
     def shape(self):
@@ -379,7 +389,10 @@ class WholeMap(Followed):
         return self.map.device
 
     def real(self):
-        return self.map
+        return super().real() if self.padded else self.map
+
+    def compute(self):
+        return self.map.clone()
 
     def is_told_of(self):
         return False
@@ -390,15 +403,20 @@ class WholeMap(Followed):
     def on_view(self, x, *sizes):
         return _view(self.trace, self.map, *sizes)
 
-    def on_pad(self, x, pad, mode="constant", value=None):
-        return self if not any(pad) else NotImplemented
+    def on_pad(self, x, *args, **kwargs):
+        return _pad(self.trace, self.map, *args, **kwargs)
 
     on_same = None
 
 
 @begins("unsqueeze")
 def _unsqueeze(trace: Trace, x, dim):
-    return Region(trace, x, trace.windows).on_unsqueeze(x, dim) if _is_region(trace, x) else NotImplemented
+    return _region(trace, x).on_unsqueeze(x, dim) if _is_region(trace, x) else NotImplemented
+
+
+def _region(trace: Trace, x: Tensor) -> Region:
+    trace.begun.append(x)
+    return Region(trace, x, trace.windows)
 
 
 def _is_region(trace: Trace, x: Tensor) -> bool:

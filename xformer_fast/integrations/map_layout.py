@@ -106,7 +106,9 @@ def viewed(layout: Layout, *sizes) -> Layout | None:
 
 
 def _cut(layout: Layout, batch, x0, y0, x1, y1, channels) -> Layout | None:
-    """The map seen as (B, x0, y0, x1, y1, C); one of numbers (C = 1) is a host's way to its mask."""
+    """The map seen as (B, x0, y0, x1, y1, C), of several windows; one of numbers (C = 1) is a host's way to a mask."""
+    if x0 == x1 == 1 or y0 == y1 == 1:
+        return None
     (height, _), (width, _) = layout.cut
     if (batch, x0 * y0, x1 * y1) != (layout.batch, height, width) or layout.features != (channels,) or channels == 1:
         return None
