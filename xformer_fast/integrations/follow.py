@@ -32,7 +32,7 @@ class Trace:
         self.begun = []  # maps that were rolled or cut, and masks, that following began with
         self.busy = False  # inside a rule: what it computes is not followed
         self.attended = False  # attention ran on our kernels
-        self.in_place = False  # it was that of windows, where the map lies
+        self.windows_attended = False  # by `window_attention`, where the map lies
         self.unknown = None  # the first function that made scores or moved tokens be computed
 
 
@@ -118,13 +118,13 @@ def following(
             return method(self, *args, **kwargs)
         if way == "stand-in":
             result = method(self, stand_in(trace, first), *args[1:], **kwargs)
-            if not trace.in_place:
+            if not trace.windows_attended:
                 known[key] = "mode"
         else:
             with Following(trace):
                 result = method(self, *args, **kwargs)
             if way is None and key is not None and len(known) < 256:
-                by_first = len(trace.begun) == 1 and trace.begun[0] is first and trace.in_place
+                by_first = len(trace.begun) == 1 and trace.begun[0] is first and trace.windows_attended
                 known[key] = "stand-in" if by_first else "mode" if trace.begun or trace.attended else "plain"
         if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
             what = "windows are cut" if trace.maps else "attention is computed"

@@ -199,7 +199,7 @@ class Moved(Followed):
     def attend(self, weights: Weights, value):
         """The attention of `weights`, whose query self is, inside windows."""
         scores = weights.scores
-        place = self.layout.after(map_layout.attended)
+        place = self.layout.after(map_layout.partition)
         if place is None or weights.dropout_p:
             return NotImplemented
         moved = (self, scores.key, value)
@@ -221,7 +221,7 @@ class Moved(Followed):
         if shifted:
             options["shift"] = self.layout.shift
         out = window_attention(*heads, window, bias=bias, partition=partition, backend=self.trace.backend, **options)
-        self.trace.in_place = True
+        self.trace.windows_attended = True
         return value.of(out.reshape(value.base.shape))
 
 
@@ -337,16 +337,17 @@ def masks_followed(method: Callable) -> Callable:
         trace = next((x.trace for x in args if type(x) is Moved), None)
         if trace is None or trace.windows is None or torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
+
+        def stand_in(x):
+            region = _region(trace, x)
+            return x if region is None else region
+
         with Apart(trace):
-            args = [_stand_in(trace, x) for x in args]
-            kwargs = {name: _stand_in(trace, x) for name, x in kwargs.items()}
+            args = [stand_in(x) for x in args]
+            kwargs = {name: stand_in(x) for name, x in kwargs.items()}
         return method(self, *args, **kwargs)
 
     return followed
-
-
-def _stand_in(trace: Trace, x):
-    return Region(trace, x, trace.windows) if isinstance(x, Tensor) and _is_region(trace, x) else x
 
 
 @begins("view")
@@ -354,7 +355,11 @@ def _view(trace: Trace, x, *sizes):
     if not trace.maps:
         return NotImplemented
     if x.dim() == 3:
-        return _region(trace, x).on_view(x, *sizes) if _is_region(trace, x) else NotImplemented
+        region = _region(trace, x)
+        if region is None:
+            return NotImplemented
+        trace.begun.append(x)
+        return region.on_view(x, *sizes)
     if x.dim() != 4 or len(sizes) not in (1, 6):
         return NotImplemented
     sizes = sizes_of(sizes)
@@ -411,18 +416,19 @@ class WholeMap(Followed):
 
 @begins("unsqueeze")
 def _unsqueeze(trace: Trace, x, dim):
-    return _region(trace, x).on_unsqueeze(x, dim) if _is_region(trace, x) else NotImplemented
-
-
-def _region(trace: Trace, x: Tensor) -> Region:
+    region = _region(trace, x)
+    if region is None:
+        return NotImplemented
     trace.begun.append(x)
-    return Region(trace, x, trace.windows)
+    return region.on_unsqueeze(x, dim)
 
 
-def _is_region(trace: Trace, x: Tensor) -> bool:
-    if trace.windows is None or x.dim() != 3 or x.requires_grad:
-        return False
+def _region(trace: Trace, x) -> Region | None:
+    """A stand-in for the mask of the windows that were cut last, if x is that."""
+    if not isinstance(x, Tensor) or trace.windows is None or x.dim() != 3 or x.requires_grad:
+        return None
     tokens = math.prod(trace.windows.window)
     if tuple(x.shape) != (trace.windows.count, tokens, tokens):
-        return False
-    return torch.compiler.is_compiling() or _is_region_mask(x, trace.windows)
+        return None
+    found = torch.compiler.is_compiling() or _is_region_mask(x, trace.windows)
+    return Region(trace, x, trace.windows) if found else None

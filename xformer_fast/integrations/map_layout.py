@@ -199,7 +199,7 @@ def aligned(layout: Layout, *shape) -> tuple | None:
     return sizes, sorted(range(len(order)), key=order.__getitem__), features
 
 
-def attended(layout: Layout) -> tuple[str, tuple[int, int]] | None:
+def partition(layout: Layout) -> tuple[str, tuple[int, int]] | None:
     """What the tokens of a query (..., tokens, head_dim) are together: the partition, and its window_size."""
     for partition, part in (("window", "y"), ("grid", "x")):
         sides = f"{part}0", f"{part}1"
