@@ -3,15 +3,16 @@
 //
 // It is bound by the reading of K and V, so each of them is read once: the query heads of a KV head and the tokens of a call
 // are the rows of one small problem, and a block of keys serves all of them while it is near.
-//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, a tile is kRowsAtOnce rows x 4 or 2 keys, and
-//              kLanes sums are reduced together, so nothing is transposed
+//     scores   S[row][key] = q_row . k_key: both operands stream along head_dim, a tile is kRowsAtOnce rows x kTileKeys keys,
+//              and kLanes sums are reduced together, so nothing is transposed
 //     softmax  along the lanes of a row of S: maximum, exponential, sum (Milakov & Gimelshein, "Online normalizer", 2018)
 //     values   O[row][column] += p[row][key] * V[key][column], p broadcast, a few rows x columns in registers
 // A task is a range of keys of one KV head; ranges are cut by shape and lengths alone. Where a head has several, each leaves
 // (maximum, sum, O), and whichever ends last merges them in the order of the keys (Dao et al., "Flash-Decoding", 2023). So
 // one sequence with one KV head still uses every core, and the result has the same bits for any number of threads.
 //
-// Rows ahead are prefetched, in a paged cache those of the next page. bfloat16 with XF_BF16_DOT multiplies pairs: of
+// What lies 16 KB ahead is prefetched, in a paged cache the next page: a few lines at each step of a product, in the order of
+// addresses whatever order the product reads in, because the memory's own prefetchers follow a stream. bfloat16 with XF_BF16_DOT multiplies pairs: of
 // channels for the scores, of keys for the values (P is rounded, and summed as rounded); other half types are converted in
 // registers.
 //
@@ -24,11 +25,14 @@
 //   - In cache one core does 82 GF/s of 112 in float32, 140 of 226 in bfloat16: with more than about ten rows a KV head
 //     the kernel is bound by arithmetic, and where 8 or more queries a head fill the lanes of attention_forward.cpp's tiles,
 //     those do it with fewer instructions (see decode_takes).
-// Zen 3 (AVX2, two threads; the same, the quietest of 10 runs, float32 and bfloat16)
-//   - 3.1 and 1.7 ms; bfloat16 1.4 with four rows of queries at once, so that a row of K is converted once.
-//   - One prefetch for each line, once, instead of one for each vector and pass costs float32 a quarter, a second one halfway
-//     brings half of that back; without any it takes a quarter to a third longer. A plain read takes about 3 ms.
-//   - O in memory and rows of V read from end to end, 4 keys at once: no faster.
+// Zen 3 (AVX2, two threads; the same; caches not in any cache before, beside a plain read of them in turns)
+//   - Lines asked for in the order of addresses: float32 from 63% to 80% of the speed of the read. A tile's four rows asked
+//     for side by side are read at 13 GB/s by a loop that does nothing else, one after another at 18, as without asking.
+//   - Asking is not free (a line costs as much as the product with it in float32): two lines a step from straight code,
+//     not a walk of line by line, is a tenth of the time in bfloat16, 63% to 74%.
+//   - Four rows of queries with three keys, twelve sums: 70% of the FMA ceiling in cache; with two keys, eight sums, 55%.
+//   - Into the first-level cache 4 or 8 KB ahead, pieces of 8 to 16 keys, 24 or 32 KB ahead, half of the lines: no better.
+//     Of what is missing, softmax passes, where nothing is asked for, take 5%.
 #include "decode.h"
 
 #include "attention_tiles.h"
@@ -58,8 +62,10 @@ template <> struct ProductOf<bfloat16> {
 #endif
 template <class T> using Product = typename ProductOf<T>::Type;
 template <class T> constexpr bool kPairs = sizeof(Product<T>) == 2;
-// Rows of a score tile, kLanes sums with the keys: 4 keys, or 2 where a row of K or V has to be converted for them.
-template <class T> constexpr int kRowsAtOnce = kLanes == 8 && sizeof(T) == 2 ? 4 : kLanes / 4;
+constexpr int kRowsAtOnce = kLanes == 4 ? 1 : 4;  // of queries: what is read of K and V serves them all
+// Keys of a score tile of R rows, and the sums of a row that are reduced together.
+template <int R> constexpr int kTileKeys = R == 4 && kLanes == 8 ? 3 : kLanes / R;  // twelve sums: four rows of four do not fit
+template <int R> constexpr int kTileSums = kTileKeys<R> < 4 ? 4 : kTileKeys<R>;
 constexpr int64_t kPad = 2 * kLanes;  // rows of Q and O are padded with zeros to whole loads
 
 struct Plan {
@@ -131,6 +137,53 @@ Run<T> run_at(const Plan& plan, const View& view, const Share& share, int64_t co
   return run;
 }
 
+// Asks for what lies ahead of a run, in the order of addresses: some lines at each of `steps` steps of the passes over the run.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const Run<T>& run, int64_t columns, int64_t steps) : line_(reinterpret_cast<const char*>(run.rows + run.ahead)) {
+    const int64_t stride = run.stride * int64_t(sizeof(T)), bytes = columns * int64_t(sizeof(T));
+    const bool adjacent = stride == bytes;
+    row_lines_ = ((adjacent ? run.count * bytes : bytes) + kLine - 1) / kLine;
+    gap_ = stride - row_lines_ * kLine;
+    rows_ = adjacent ? 1 : run.count;
+    left_ = row_lines_;
+    step_lines_ = (rows_ * row_lines_ + steps - 1) / max_of(1, steps);
+  }
+
+  XF_INLINE void step() {
+    for (int64_t n = step_lines_; n > 0;) {
+      if (n >= 2 && left_ >= 2) {
+        ask();
+        ask();
+        n -= 2;
+      } else {
+        if (left_ == 0) {
+          if (rows_ == 1) return;
+          --rows_;
+          line_ += gap_;
+          left_ = row_lines_;
+        }
+        ask();
+        --n;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  XF_INLINE void ask() {
+    __builtin_prefetch(line_, 0, 2);
+    line_ += kLine;
+    --left_;
+  }
+
+  const char* line_;
+  int64_t left_, row_lines_, rows_, gap_;  // lines of this row and of any, rows with this one, bytes from a row's end to the next
+  int64_t step_lines_;
+};
+
 // ---- scores ----
 
 XF_INLINE Vec load_step(const float* p) { return load(p); }
@@ -147,23 +200,34 @@ XF_INLINE Vec load_step(const bfloat16* p, int64_t n) { return load(p, int(n)); 
 #endif
 XF_INLINE void add_product(Vec& sum, Vec a, Vec b) { sum = a * b + sum; }
 
-// sums[i] becomes the sum of the lanes of vector i.
+// Lane i becomes the sum of the lanes of vector i.
 XF_INLINE Vec reduce_each(Vec (&v)[kLanes]) {
+#if defined(XF_AVX2) && !defined(XF_AVX512)  // shuffles inside the halves of a register are cheaper
+  const auto add_pairs = [](Vec a, Vec b) __attribute__((always_inline)) {
+    return (Vec)_mm256_shuffle_ps(a, b, 0x88) + (Vec)_mm256_shuffle_ps(a, b, 0xdd);
+  };
+  const Vec low = add_pairs(add_pairs(v[0], v[1]), add_pairs(v[2], v[3]));
+  const Vec high = add_pairs(add_pairs(v[4], v[5]), add_pairs(v[6], v[7]));
+  return (Vec)_mm256_permute2f128_ps(low, high, 0x20) + (Vec)_mm256_permute2f128_ps(low, high, 0x31);
+#else
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) v[i] = interleave_low(v[i], v[i + n]) + interleave_high(v[i], v[i + n]);
   }
   return v[0];
+#endif
 }
 
 // scores[r][key] of R rows and the keys of a run; up to kLanes scores past the last are overwritten.
 template <int R, class T>
-XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run<T>& run, int64_t dim, float* scores) {
-  constexpr int kKeys = kLanes / R, kQuad = kKeys < 4 ? kKeys : 4, kStep = ProductOf<T>::kStep;
-  const int64_t whole = dim / kStep * kStep, last = run.count - 1, ahead = run.ahead;
+XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run<T>& run, int64_t dim, Ahead& asked, float* scores) {
+  constexpr int kKeys = kTileKeys<R>, kReduced = kTileSums<R>, kQuad = kKeys < 4 ? kKeys : 4, kStep = ProductOf<T>::kStep;
+  const int64_t whole = dim / kStep * kStep, last = run.count - 1;
+  Ahead ahead = asked;
   for (int64_t key = 0; key <= last; key += kKeys) {
-    Vec sums[kLanes];  // [row][key]
+    ahead.step();
+    Vec sums[R * kReduced];  // [row][key], a missing fourth key is the third again
 #pragma GCC unroll 4
     for (int quad = 0; quad < kKeys; quad += kQuad) {
       const T* k[kQuad];
@@ -178,10 +242,7 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
       for (int64_t c = 0; c < whole; c += kStep) {
         decltype(load_step(k[0])) x[kQuad];
 #pragma GCC unroll 4
-        for (int i = 0; i < kQuad; ++i) {
-          x[i] = load_step(k[i] + c);
-          __builtin_prefetch(k[i] + c + ahead, 0, 2);
-        }
+        for (int i = 0; i < kQuad; ++i) x[i] = load_step(k[i] + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const auto y = load_step(q + r * query_ld);
@@ -194,7 +255,6 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
         for (int i = 0; i < kQuad; ++i) {
           const auto x = load_step(k[i] + whole, dim - whole);
-          __builtin_prefetch(k[i] + whole + ahead, 0, 2);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) add_product(sum[r][i], x, load_step(q + r * query_ld));
         }
@@ -202,18 +262,19 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < kQuad; ++i) sums[r * kKeys + quad + i] = sum[r][i];
+        for (int i = 0; i < 4; ++i) sums[r * kReduced + quad + i] = sum[r][i < kQuad ? i : kQuad - 1];
     }
-    const Vec all = reduce_each(sums);
-    if constexpr (R == 1) {
-      store(scores + key, all);
-    } else {
-      float row[kLanes];
-      store(row, all);
+    constexpr int kRows = kLanes / kReduced;  // that are reduced together
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) __builtin_memcpy(scores + r * kScoresLd + key, row + r * kKeys, kKeys * sizeof(float));
+    for (int first = 0; first < R; first += kRows) {
+      float row[kLanes];
+      store(row, reduce_each(reinterpret_cast<Vec(&)[kLanes]>(sums[first * kReduced])));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+        __builtin_memcpy(scores + (first + r) * kScoresLd + key, row + r * kReduced, kReduced * sizeof(float));
     }
   }
+  asked = ahead;
 }
 
 // visit(Rows<n>, r) for rows r..r+n-1, over all rows, as many at once as fit.
@@ -231,8 +292,14 @@ void score_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
   for (int64_t key = key0; key < end;) {
     Run<T> run = run_at<T>(plan, a.key, share, a.head_dim, key, end);
     run.count = min_of(run.count, kPieceKeys);
-    for_rows<kRowsAtOnce<T>>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      score_rows<decltype(rows)::count>(query + r * plan.query_ld, plan.query_ld, run, a.head_dim,
+    int64_t steps = 0;
+    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t) {
+      constexpr int kKeys = kTileKeys<decltype(rows)::count>;
+      steps += (run.count + kKeys - 1) / kKeys;
+    });
+    Ahead ahead(run, a.head_dim, steps);
+    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+      score_rows<decltype(rows)::count>(query + r * plan.query_ld, plan.query_ld, run, a.head_dim, ahead,
                                         share.scores + r * kScoresLd + (key - key0));
     });
     key += run.count;
@@ -331,30 +398,44 @@ void softmax_block(const Plan& plan, const Share& share, int64_t key0, int64_t e
 
 // ---- values ----
 
+// Keys of a step of a value tile: those that two lines serve, and a pair where keys are multiplied in pairs.
+template <class T, int V> constexpr int64_t kStepKeys = [] {
+  constexpr int64_t keys = 128 / (V * kLanes * int64_t(sizeof(T)));
+  return kPairs<T> ? 2 : keys < 1 ? 1 : keys;
+}();
+
 // out[r][column] += sum of weights[r][key] * V[key][column] over a run: R rows, V vectors of columns, the last of which may
 // hold fewer. The old O joins last: sums over many pieces lose less than one long chain would.
 template <int R, int V, bool Whole, class T>
-XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t columns, float* out, int64_t out_ld) {
+XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t columns, Ahead& asked, float* out, int64_t out_ld) {
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[r][v] = zero();
   const T* row = run.rows;
-  for (int64_t j = 0; j < run.count; ++j, row += run.stride) {
+  const auto add_key = [&](int64_t j) __attribute__((always_inline)) {
     Vec x[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      x[v] = Whole ? load(row + v * kLanes) : load(row + v * kLanes, int(columns));
-      __builtin_prefetch(row + v * kLanes + run.ahead, 0, 2);
-    }
+    for (int v = 0; v < V; ++v) x[v] = Whole ? load(row + v * kLanes) : load(row + v * kLanes, int(columns));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec p = broadcast(weights[r * kScoresLd + j]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[r][v] = p * x[v] + sum[r][v];
     }
+    row += run.stride;
+  };
+  constexpr int64_t kKeys = kStepKeys<T, V>;
+  Ahead ahead = asked;
+  int64_t j = 0;
+  for (; j + kKeys <= run.count; j += kKeys) {
+    ahead.step();
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kKeys; ++i) add_key(j + i);
   }
+  for (; j < run.count; ++j) add_key(j);
+  asked = ahead;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -367,7 +448,8 @@ XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t col
 #if defined(XF_BF16_DOT)
 // The same by pairs of keys: two rows of V, interleaved in registers, give two vectors of pairs for 32 columns.
 template <int R, int V, bool Whole>
-XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, int64_t columns, float* out, int64_t out_ld) {
+XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, int64_t columns, Ahead& asked, float* out,
+                            int64_t out_ld) {
   static_assert(V % 2 == 0, "a load holds two vectors of columns");
   Vec sum[R][V];
 #pragma GCC unroll 4
@@ -375,7 +457,9 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[r][v] = zero();
   const bfloat16* row = run.rows;
+  Ahead ahead = asked;
   for (int64_t j = 0; j < run.count; j += 2, row += 2 * run.stride) {
+    ahead.step();
     const bool paired = j + 1 < run.count;
     const bfloat16* next = paired ? row + run.stride : row;
     const uint32_t keep = paired ? 0xffffffffu : 0xffffu;
@@ -384,8 +468,6 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
     for (int v = 0; v < V; v += 2) {
       const __m512i a = (__m512i)(Whole ? load_step(row + v * kLanes) : load_step(row + v * kLanes, columns));
       const __m512i b = (__m512i)(Whole ? load_step(next + v * kLanes) : load_step(next + v * kLanes, columns));
-      __builtin_prefetch(row + v * kLanes + run.ahead, 0, 2);
-      __builtin_prefetch(next + v * kLanes + run.ahead, 0, 2);
       x[v] = (UVec)_mm512_unpacklo_epi16(a, b);
       x[v + 1] = (UVec)_mm512_unpackhi_epi16(a, b);
     }
@@ -396,6 +478,7 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
       for (int v = 0; v < V; ++v) add_product(sum[r][v], x[v], p);
     }
   }
+  asked = ahead;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -411,16 +494,18 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
 #endif
 
 template <int R, int V, class T>
-XF_INLINE void add_columns(const Product<T>* weights, Run<T> run, int64_t columns, float* out, int64_t out_ld) {
+XF_INLINE void add_columns(const Product<T>* weights, Run<T> run, int64_t columns, Ahead& ahead, float* out, int64_t out_ld) {
   constexpr int64_t kWide = V * kLanes;
   for (; columns >= kWide; columns -= kWide, run.rows += kWide, out += kWide)
-    add_values<R, V, true>(weights, run, columns, out, out_ld);
+    add_values<R, V, true>(weights, run, columns, ahead, out, out_ld);
   if (columns == 0) return;
   if constexpr (kWide > ProductOf<T>::kStep)
-    add_columns<R, V / 2, T>(weights, run, columns, out, out_ld);
+    add_columns<R, V / 2, T>(weights, run, columns, ahead, out, out_ld);
   else
-    add_values<R, V, false>(weights, run, columns, out, out_ld);
+    add_values<R, V, false>(weights, run, columns, ahead, out, out_ld);
 }
+
+template <int R> constexpr int kColumnVectors = kSums / R < 8 ? kSums / R : 8;  // of a value tile
 
 template <class T>
 void value_block(const Plan& plan, const Share& share, int64_t key0, int64_t end) {
@@ -429,9 +514,17 @@ void value_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
   for (int64_t key = key0; key < end;) {
     Run<T> run = run_at<T>(plan, a.value, share, a.head_dim_v, key, end);
     run.count = min_of(run.count, kPieceKeys);
-    for_rows<kRowsAtOnce<T>>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      constexpr int R = decltype(rows)::count, V = kSums / R < 8 ? kSums / R : 8;
-      add_columns<R, V, T>(weights + r * kScoresLd + (key - key0), run, a.head_dim_v, share.out + r * plan.out_ld, plan.out_ld);
+    int64_t steps = 0;
+    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t) {
+      constexpr int V = kColumnVectors<decltype(rows)::count>;
+      constexpr int64_t kWide = V * kLanes, kKeys = kStepKeys<T, V>;
+      steps += (a.head_dim_v + kWide - 1) / kWide * (kPairs<T> ? (run.count + 1) / 2 : run.count / kKeys);
+    });
+    Ahead ahead(run, a.head_dim_v, steps);
+    for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::count;
+      add_columns<R, kColumnVectors<R>, T>(weights + r * kScoresLd + (key - key0), run, a.head_dim_v, ahead,
+                                           share.out + r * plan.out_ld, plan.out_ld);
     });
     key += run.count;
   }
@@ -567,7 +660,7 @@ void decode_of(const Decode& d, const Pool& pool) {
   plan.rows = a.heads_q / max_of(1, a.heads_kv) * a.seqlen_q;
   if (a.batch * plan.rows == 0) return;
   plan.row_groups = (plan.rows + kMaxRows - 1) / kMaxRows;
-  plan.group_rows = round_up((plan.rows + plan.row_groups - 1) / plan.row_groups, plan.row_groups > 1 ? kRowsAtOnce<T> : 1);
+  plan.group_rows = round_up((plan.rows + plan.row_groups - 1) / plan.row_groups, plan.row_groups > 1 ? kRowsAtOnce : 1);
   plan.units = a.heads_kv * plan.row_groups;
   plan.query_ld = round_up(a.head_dim, kPad);
   plan.out_ld = round_up(a.head_dim_v, kPad);
