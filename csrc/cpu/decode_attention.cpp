@@ -11,8 +11,9 @@
 // (maximum, sum, O), and whichever ends last merges them in the order of the keys (Dao et al., "Flash-Decoding", 2023). So
 // one sequence with one KV head still uses every core, and the result has the same bits for any number of threads.
 //
-// What lies 16 KB ahead is prefetched, in a paged cache the next page: a few lines at each step of a product, in the order of
-// addresses whatever order the product reads in, because the memory's own prefetchers follow a stream. bfloat16 with XF_BF16_DOT multiplies pairs: of
+// What lies 16 KB ahead is prefetched, in a paged cache the next page: where rows are adjacent, a few lines at each step of a
+// product, in the order of addresses whatever order the product reads in, because the memory's own prefetchers follow a
+// stream; where they are not, beside each load. bfloat16 with XF_BF16_DOT multiplies pairs: of
 // channels for the scores, of keys for the values (P is rounded, and summed as rounded); other half types are converted in
 // registers.
 //
@@ -28,6 +29,8 @@
 // Zen 3 (AVX2, two threads; the same; caches not in any cache before, beside a plain read of them in turns)
 //   - Lines asked for in the order of addresses: float32 from 63% to 80% of the speed of the read. A tile's four rows asked
 //     for side by side are read at 13 GB/s by a loop that does nothing else, one after another at 18, as without asking.
+//   - Rows of float32 with gaps, 4 KB from one to the next: 8 ms with four questions a line, 11 to 15 with one or two, in
+//     either order, however far ahead; touching pages first changes nothing.
 //   - Asking is not free (a line costs as much as the product with it in float32): two lines a step from straight code,
 //     not a walk of line by line, is a tenth of the time in bfloat16, 63% to 74%.
 //   - Four rows of queries with three keys, twelve sums: 70% of the FMA ceiling in cache; with two keys, eight sums, 55%.
@@ -137,52 +140,41 @@ Run<T> run_at(const Plan& plan, const View& view, const Share& share, int64_t co
   return run;
 }
 
-// Asks for what lies ahead of a run, in the order of addresses: some lines at each of `steps` steps of the passes over the run.
+// Asks for what lies ahead of a run of adjacent rows, in the order of addresses: some lines at each of `steps` steps of the
+// passes over the run.
 class Ahead {
  public:
   template <class T>
-  Ahead(const Run<T>& run, int64_t columns, int64_t steps) : line_(reinterpret_cast<const char*>(run.rows + run.ahead)) {
-    const int64_t stride = run.stride * int64_t(sizeof(T)), bytes = columns * int64_t(sizeof(T));
-    const bool adjacent = stride == bytes;
-    row_lines_ = ((adjacent ? run.count * bytes : bytes) + kLine - 1) / kLine;
-    gap_ = stride - row_lines_ * kLine;
-    rows_ = adjacent ? 1 : run.count;
-    left_ = row_lines_;
-    step_lines_ = (rows_ * row_lines_ + steps - 1) / max_of(1, steps);
-  }
+  Ahead(const Run<T>& run, int64_t columns, int64_t steps)
+      : line_(reinterpret_cast<const char*>(run.rows + run.ahead)),
+        left_((run.count * columns * int64_t(sizeof(T)) + kLine - 1) / kLine),
+        step_lines_((left_ + steps - 1) / max_of(1, steps)) {}
 
   XF_INLINE void step() {
-    for (int64_t n = step_lines_; n > 0;) {
-      if (n >= 2 && left_ >= 2) {
-        ask();
-        ask();
-        n -= 2;
-      } else {
-        if (left_ == 0) {
-          if (rows_ == 1) return;
-          --rows_;
-          line_ += gap_;
-          left_ = row_lines_;
-        }
-        ask();
-        --n;
-      }
+    int64_t lines = min_of(step_lines_, left_);
+    left_ -= lines;
+    for (; lines >= 2; lines -= 2, line_ += 2 * kLine) {
+      __builtin_prefetch(line_, 0, 2);
+      __builtin_prefetch(line_ + kLine, 0, 2);
+    }
+    if (lines) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += kLine;
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;
-
-  XF_INLINE void ask() {
-    __builtin_prefetch(line_, 0, 2);
-    line_ += kLine;
-    --left_;
-  }
-
   const char* line_;
-  int64_t left_, row_lines_, rows_, gap_;  // lines of this row and of any, rows with this one, bytes from a row's end to the next
-  int64_t step_lines_;
+  int64_t left_, step_lines_;
 };
+
+// Where rows have gaps between them: for what lies ahead of p, and, as some are not heard, again when it is nearer.
+template <class T>
+XF_INLINE void ask_twice(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 2);
+  __builtin_prefetch(p + ahead / 2, 0, 2);
+}
 
 // ---- scores ----
 
@@ -220,13 +212,13 @@ XF_INLINE Vec reduce_each(Vec (&v)[kLanes]) {
 }
 
 // scores[r][key] of R rows and the keys of a run; up to kLanes scores past the last are overwritten.
-template <int R, class T>
+template <int R, bool Gaps, class T>
 XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run<T>& run, int64_t dim, Ahead& asked, float* scores) {
   constexpr int kKeys = kTileKeys<R>, kReduced = kTileSums<R>, kQuad = kKeys < 4 ? kKeys : 4, kStep = ProductOf<T>::kStep;
   const int64_t whole = dim / kStep * kStep, last = run.count - 1;
   Ahead ahead = asked;
   for (int64_t key = 0; key <= last; key += kKeys) {
-    ahead.step();
+    if (!Gaps) ahead.step();
     Vec sums[R * kReduced];  // [row][key], a missing fourth key is the third again
 #pragma GCC unroll 4
     for (int quad = 0; quad < kKeys; quad += kQuad) {
@@ -242,7 +234,10 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
       for (int64_t c = 0; c < whole; c += kStep) {
         decltype(load_step(k[0])) x[kQuad];
 #pragma GCC unroll 4
-        for (int i = 0; i < kQuad; ++i) x[i] = load_step(k[i] + c);
+        for (int i = 0; i < kQuad; ++i) {
+          x[i] = load_step(k[i] + c);
+          if (Gaps) ask_twice(k[i] + c, run.ahead);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const auto y = load_step(q + r * query_ld);
@@ -255,6 +250,7 @@ XF_NOINLINE void score_rows(const Product<T>* query, int64_t query_ld, const Run
 #pragma GCC unroll 4
         for (int i = 0; i < kQuad; ++i) {
           const auto x = load_step(k[i] + whole, dim - whole);
+          if (Gaps) ask_twice(k[i] + whole, run.ahead);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) add_product(sum[r][i], x, load_step(q + r * query_ld));
         }
@@ -299,8 +295,9 @@ void score_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
     });
     Ahead ahead(run, a.head_dim, steps);
     for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      score_rows<decltype(rows)::count>(query + r * plan.query_ld, plan.query_ld, run, a.head_dim, ahead,
-                                        share.scores + r * kScoresLd + (key - key0));
+      constexpr int R = decltype(rows)::count;
+      const auto pass = run.stride == a.head_dim ? score_rows<R, false, T> : score_rows<R, true, T>;
+      pass(query + r * plan.query_ld, plan.query_ld, run, a.head_dim, ahead, share.scores + r * kScoresLd + (key - key0));
     });
     key += run.count;
   }
@@ -406,7 +403,7 @@ template <class T, int V> constexpr int64_t kStepKeys = [] {
 
 // out[r][column] += sum of weights[r][key] * V[key][column] over a run: R rows, V vectors of columns, the last of which may
 // hold fewer. The old O joins last: sums over many pieces lose less than one long chain would.
-template <int R, int V, bool Whole, class T>
+template <int R, int V, bool Whole, bool Gaps, class T>
 XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t columns, Ahead& asked, float* out, int64_t out_ld) {
   Vec sum[R][V];
 #pragma GCC unroll 4
@@ -417,7 +414,10 @@ XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t col
   const auto add_key = [&](int64_t j) __attribute__((always_inline)) {
     Vec x[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) x[v] = Whole ? load(row + v * kLanes) : load(row + v * kLanes, int(columns));
+    for (int v = 0; v < V; ++v) {
+      x[v] = Whole ? load(row + v * kLanes) : load(row + v * kLanes, int(columns));
+      if (Gaps) ask_twice(row + v * kLanes, run.ahead);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec p = broadcast(weights[r * kScoresLd + j]);
@@ -430,7 +430,7 @@ XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t col
   Ahead ahead = asked;
   int64_t j = 0;
   for (; j + kKeys <= run.count; j += kKeys) {
-    ahead.step();
+    if (!Gaps) ahead.step();
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kKeys; ++i) add_key(j + i);
   }
@@ -447,7 +447,7 @@ XF_NOINLINE void add_values(const float* weights, const Run<T>& run, int64_t col
 
 #if defined(XF_BF16_DOT)
 // The same by pairs of keys: two rows of V, interleaved in registers, give two vectors of pairs for 32 columns.
-template <int R, int V, bool Whole>
+template <int R, int V, bool Whole, bool Gaps>
 XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, int64_t columns, Ahead& asked, float* out,
                             int64_t out_ld) {
   static_assert(V % 2 == 0, "a load holds two vectors of columns");
@@ -459,7 +459,7 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
   const bfloat16* row = run.rows;
   Ahead ahead = asked;
   for (int64_t j = 0; j < run.count; j += 2, row += 2 * run.stride) {
-    ahead.step();
+    if (!Gaps) ahead.step();
     const bool paired = j + 1 < run.count;
     const bfloat16* next = paired ? row + run.stride : row;
     const uint32_t keep = paired ? 0xffffffffu : 0xffffu;
@@ -468,6 +468,10 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
     for (int v = 0; v < V; v += 2) {
       const __m512i a = (__m512i)(Whole ? load_step(row + v * kLanes) : load_step(row + v * kLanes, columns));
       const __m512i b = (__m512i)(Whole ? load_step(next + v * kLanes) : load_step(next + v * kLanes, columns));
+      if (Gaps) {
+        ask_twice(row + v * kLanes, run.ahead);
+        ask_twice(next + v * kLanes, run.ahead);
+      }
       x[v] = (UVec)_mm512_unpacklo_epi16(a, b);
       x[v + 1] = (UVec)_mm512_unpackhi_epi16(a, b);
     }
@@ -493,16 +497,16 @@ XF_NOINLINE void add_values(const bfloat16* weights, const Run<bfloat16>& run, i
 }
 #endif
 
-template <int R, int V, class T>
+template <int R, int V, bool Gaps, class T>
 XF_INLINE void add_columns(const Product<T>* weights, Run<T> run, int64_t columns, Ahead& ahead, float* out, int64_t out_ld) {
   constexpr int64_t kWide = V * kLanes;
   for (; columns >= kWide; columns -= kWide, run.rows += kWide, out += kWide)
-    add_values<R, V, true>(weights, run, columns, ahead, out, out_ld);
+    add_values<R, V, true, Gaps>(weights, run, columns, ahead, out, out_ld);
   if (columns == 0) return;
   if constexpr (kWide > ProductOf<T>::kStep)
-    add_columns<R, V / 2, T>(weights, run, columns, ahead, out, out_ld);
+    add_columns<R, V / 2, Gaps, T>(weights, run, columns, ahead, out, out_ld);
   else
-    add_values<R, V, false>(weights, run, columns, ahead, out, out_ld);
+    add_values<R, V, false, Gaps>(weights, run, columns, ahead, out, out_ld);
 }
 
 template <int R> constexpr int kColumnVectors = kSums / R < 8 ? kSums / R : 8;  // of a value tile
@@ -523,8 +527,9 @@ void value_block(const Plan& plan, const Share& share, int64_t key0, int64_t end
     Ahead ahead(run, a.head_dim_v, steps);
     for_rows<kRowsAtOnce>(0, share.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       constexpr int R = decltype(rows)::count;
-      add_columns<R, kColumnVectors<R>, T>(weights + r * kScoresLd + (key - key0), run, a.head_dim_v, ahead,
-                                           share.out + r * plan.out_ld, plan.out_ld);
+      constexpr int V = kColumnVectors<R>;
+      const auto passes = run.stride == a.head_dim_v ? add_columns<R, V, false, T> : add_columns<R, V, true, T>;
+      passes(weights + r * kScoresLd + (key - key0), run, a.head_dim_v, ahead, share.out + r * plan.out_ld, plan.out_ld);
     });
     key += run.count;
   }
