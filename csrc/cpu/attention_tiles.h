@@ -21,8 +21,6 @@ namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
 namespace {
 
-XF_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-XF_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 XF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <class T>

@@ -32,9 +32,14 @@ T* take(I*& space, int64_t count) {  // `count` elements, 64-byte aligned
 template <class C>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_row, int64_t a_red, const C* b, int64_t b_ld,
               float* c, int64_t c_ld, Start start, const float* scale = nullptr, Prefetch* prefetch = nullptr) {
+  const auto vectors_at = [&](int64_t v) { return int(min_of(kTileVectors, (columns - v) / kLanes)); };
+  if (prefetch) {
+    int64_t steps = 0;
+    for (int64_t v = 0; v < columns; v += kTileVectors * kLanes) steps += tile_product_steps(rows, vectors_at(v));
+    prefetch->spread(steps);
+  }
   for (int64_t v = 0; v < columns; v += kTileVectors * kLanes)
-    tile_product(rows, int(min_of(kTileVectors, (columns - v) / kLanes)), depth, a, a_row, a_red, b + v * kStep<C>, b_ld,
-                 c + v, c_ld, start, scale, v == 0 ? prefetch : nullptr);
+    tile_product(rows, vectors_at(v), depth, a, a_row, a_red, b + v * kStep<C>, b_ld, c + v, c_ld, start, scale, prefetch);
 }
 
 // ---- feature maps ----

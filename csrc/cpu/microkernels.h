@@ -9,7 +9,8 @@
 //   tile_product(rows, vectors, depth, a, a_row, a_red, b, b_ld, c, c_ld, Start::..., scale, prefetch)
 //
 // with vectors = 1..4. What is needed after the product can be brought into the second-level cache meanwhile: a
-// Prefetch lists memory, and the product asks for a share of its lines between chunks of rows.
+// Prefetch lists memory, and the product asks for a share of its lines between chunks of rows: in the order of addresses
+// within an area, as a memory's own prefetchers follow a stream.
 //
 // Two forms, chosen by the type of A and B:
 //   float       the plain one, on every instruction set.
@@ -37,6 +38,9 @@ constexpr int kTileVectors = 3;
 template <int V> constexpr int kTileRows = V == 1 ? 8 : V == 2 ? 6 : V == 3 ? 4 : 2;
 #endif
 
+XF_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+XF_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 XF_INLINE void multiply_add(Vec& sum, float a, Vec b) { sum = broadcast(a) * b + sum; }
 #if defined(XF_BF16_DOT)
 struct BfloatPairs { uint32_t bits; };
@@ -54,45 +58,70 @@ class Prefetch {
  public:
   template <class T>
   void add(const T* p, int64_t stride, int64_t rows, int64_t columns) {
-    add(p, nullptr, stride, rows, columns);
+    if (stride == columns)
+      add(p, nullptr, 0, 1, rows * columns);
+    else
+      add(p, nullptr, stride, rows, columns);
   }
   template <class T>
   void add(const T* p, const int64_t* offsets, int64_t rows, int64_t columns) {
     add(p, offsets, 0, rows, columns);
   }
-  // Called `steps` times after start(steps), asks for everything.
-  void start(int64_t steps) { share_ = (lines_ + steps - 1) / steps; }
-  void step() {
-    int64_t now = share_ < lines_ ? share_ : lines_;
+  // Everything is asked for by `steps` steps, of one product or of several.
+  void spread(int64_t steps) {
+    steps_ = steps;
+    share_ = (lines_ + steps - 1) / max_of(1, steps);
+  }
+  void start(int64_t steps) {
+    if (steps_ == 0) spread(steps);
+  }
+  XF_NOINLINE void step() {
+    int64_t now = min_of(share_, lines_);
     lines_ -= now;
-    for (Area* area = areas_; area < areas_ + count_ && now > 0; ++area)
-      for (; area->row < area->rows && now > 0; --now) {
-        const int64_t row = area->offsets ? area->offsets[area->row] * area->element : area->row * area->stride;
-        __builtin_prefetch(area->begin + row + area->at, 0, 2);
-        area->at += 64;
-        if (area->at >= area->bytes) area->at = 0, ++area->row;
+    while (now > 0) {
+      if (left_ == 0) next_row();
+      int64_t lines = min_of(now, left_);
+      now -= lines;
+      left_ -= lines;
+      for (; lines >= 2; lines -= 2, line_ += 2 * kLine) {  // a loop of one line each costs twice as much
+        __builtin_prefetch(line_, 0, 2);
+        __builtin_prefetch(line_ + kLine, 0, 2);
       }
+      if (lines) {
+        __builtin_prefetch(line_, 0, 2);
+        line_ += kLine;
+      }
+    }
   }
 
  private:
   template <class T>
   void add(const T* p, const int64_t* offsets, int64_t stride, int64_t rows, int64_t columns) {
-    if (count_ == kMostAreas) return;
-    const int64_t element = sizeof(T);
-    Area& area = areas_[count_++];
-    area = {reinterpret_cast<const char*>(p), offsets, element, stride * element, columns * element, rows, 0, 0};
-    lines_ += rows * ((area.bytes + 63) / 64);
+    if (count_ == kMostAreas || rows * columns <= 0) return;
+    const int64_t element = sizeof(T), lines = (columns * element + kLine - 1) / kLine;
+    areas_[count_++] = {reinterpret_cast<const char*>(p), offsets, element, stride * element, rows, lines};
+    lines_ += rows * lines;
+  }
+  void next_row() {
+    if (row_ == areas_[area_].rows) ++area_, row_ = 0;
+    const Area& area = areas_[area_];
+    line_ = area.begin + (area.offsets ? area.offsets[row_] * area.element : row_ * area.stride);
+    left_ = area.lines;
+    ++row_;
   }
 
   struct Area {
     const char* begin;
     const int64_t* offsets;
-    int64_t element, stride, bytes, rows, row, at;  // row, at: of what is asked for next
+    int64_t element, stride, rows, lines;  // lines of a row
   };
   static constexpr int kMostAreas = 8;
+  static constexpr int64_t kLine = 64;
   Area areas_[kMostAreas];
-  int count_ = 0;
-  int64_t lines_ = 0, share_ = 0;
+  int count_ = 0, area_ = 0;
+  int64_t row_ = 0, left_ = 0;  // the next row of the area; lines left of the row before it
+  const char* line_ = nullptr;
+  int64_t lines_ = 0, steps_ = 0, share_ = 0;
 };
 
 template <int R, int V, class T>
@@ -145,6 +174,12 @@ XF_INLINE void tile_product_chunk(int64_t rows, int64_t depth, const T* a, int64
     if (rows < R) return tile_product_chunk<R - 1, V>(rows, depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
   }
   tile_product_rows<R, V>(depth, a, a_row, a_red, b, b_ld, c, c_ld, start, scale);
+}
+
+// Steps of prefetching in a product: the chunks that its rows are walked in.
+XF_INLINE int64_t tile_product_steps(int64_t rows, int vectors) {
+  constexpr int kRows[] = {kTileRows<1>, kTileRows<2>, kTileRows<3>, kTileRows<4>};
+  return (rows + kRows[vectors - 1] - 1) / kRows[vectors - 1];
 }
 
 template <int V, class T>
