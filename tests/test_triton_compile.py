@@ -1,28 +1,21 @@
-"""Compiles the Triton kernels to sm_80 and sm_90 machine code, without a GPU, exactly as a launch there would.
+"""Compiles the Triton kernels of softmax attention to sm_80 and sm_90 machine code (triton_compilation).
 
-A stand-in for Triton's driver names the target, and launches stop after compilation. What is checked: no spilled
-registers and no stack in the main configurations, shared memory within the architecture's limit, tensor-core
-instructions (HGMMA on sm_90), and that neither a new length nor a new window compiles anything.
+What is checked: no spilled registers and no stack in the main configurations, shared memory within the architecture's
+limit, tensor-core instructions (HGMMA on sm_90), and that neither a new length nor a new window compiles anything.
 """
 
-import contextlib
 import functools
 import os
 import re
-import subprocess
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
+pytest.importorskip("triton")
+from triton_compilation import MACHINE_NAMES, SHARED_MEMORY, compiling, disassemble, resources
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a block may have
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
 
 
 @dataclass(frozen=True)
@@ -45,43 +38,12 @@ MAIN += [Config(arch, dim, terms=terms) for arch in (80, 90) for dim in (64, 128
 MORE = [Config(arch, d, "float16", c) for arch in (80, 90) for d in (64, 128, 256) for c in (False, True)]
 MORE = [config for config in MORE if config not in MAIN]
 OTHER = [Config(90, 64, terms="all"), Config(80, 80, terms="packed")]
-ALL = (*MAIN, *OTHER)
 
 
-class Driver:
-    """What compilation asks of Triton's driver; one device number an architecture keeps their caches apart."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self):
-        return self.arch
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
-
-
-@contextlib.contextmanager
 def launches_only_compile(arch: int):
-    """Yields the list of (kernel name, compiled kernel) of the launches inside."""
     from xformer_fast.kernels import attention, attention_backward, attention_scores
 
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, warmup, **keywords):
-        kernel = run(self, *args, warmup=True, **keywords)
-        compiled.append((self.__name__, kernel))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        patch.setattr(attention_scores, "architecture", lambda device: f"sm{arch}")
-        for module in (attention, attention_backward):
-            patch.setattr(module, "launch_context", lambda tensor: contextlib.nullcontext())
-        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
-        yield compiled
+    return compiling(arch, attention, attention_backward, attention_scores, architecture=f"sm{arch}")
 
 
 def call(config: Config, length: int = 512, window: int = -1):
@@ -115,42 +77,11 @@ def call(config: Config, length: int = 512, window: int = -1):
     attention_backward.backward(out, grad_lse, query, key, value, out, lse, residual, *terms, *numbers, *needs)
 
 
-def disassemble(kernel, *options: str) -> str:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-        command = [tools / "cuobjdump", *options, file.name]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def resources(config: Config) -> list[dict]:
-    """Registers, bytes of stack and shared memory, and matrix instructions of each kernel of a configuration."""
+@functools.cache
+def rows_of(config: Config) -> list[dict]:
     with launches_only_compile(config.arch) as compiled:
         call(config)
-    rows = []
-    for name, kernel in compiled:
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
-        matrix = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", disassemble(kernel, "-sass"))))
-        row = {"kernel": name, "shared": kernel.metadata.shared, "matrix": matrix}
-        rows.append({**row, **{field: int(number) for field, number in usage}})
-    return rows
-
-
-@functools.cache
-def compiled_in_parallel(configs: tuple) -> dict:
-    """Rows of every configuration, or what compiling it raised: a test that fails must not compile all of them anew."""
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        jobs = {config: pool.submit(resources, config) for config in configs}
-        return {config: job.exception() or job.result() for config, job in jobs.items()}
-
-
-def compiled(config: Config, configs: tuple) -> list[dict]:
-    rows = compiled_in_parallel(configs)[config]
-    if isinstance(rows, Exception):
-        raise rows
-    return rows
+    return resources(compiled)
 
 
 def check(config: Config, rows: list[dict]):
@@ -162,9 +93,21 @@ def check(config: Config, rows: list[dict]):
         assert wanted in row["matrix"], f"{config}: {row['kernel']} uses {row['matrix']}, not {wanted}"
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_instructions_have_the_names_that_are_looked_for(arch):
+    config = Config(arch, 64)
+    with launches_only_compile(arch) as compiled:
+        call(config)
+    for name, kernel in compiled:
+        code = disassemble(kernel, "-sass")
+        for ptx, machine in MACHINE_NAMES.items():
+            found = re.search(rf"\b{machine}\b", code)
+            assert bool(re.search(ptx, kernel.asm["ptx"])) == bool(found), f"{name}: {machine}"
+
+
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_main_configurations(config):
-    rows = compiled(config, ALL)
+    rows = rows_of(config)
     assert len(rows) == (4 if config.head_dim == 256 or config.terms else 3)
     check(config, rows)
 
@@ -172,12 +115,12 @@ def test_main_configurations(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_float16(config):
-    check(config, compiled(config, tuple(MORE)))
+    check(config, rows_of(config))
 
 
 @pytest.mark.parametrize("config", OTHER, ids=str)
 def test_every_term_compiles(config):
-    rows = compiled(config, ALL)
+    rows = rows_of(config)
     assert len(rows) == (7 if config.terms == "all" else 3)
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"

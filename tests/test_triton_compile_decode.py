@@ -1,20 +1,16 @@
 """Compiles the Triton kernels of decoding to sm_80 and sm_90 machine code, as test_triton_compile.py does."""
 
-import contextlib
 import functools
 import os
-import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
 
-from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
+from triton_compilation import SHARED_MEMORY, compiling, resources  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,22 +32,10 @@ MAIN += (Config(80, 128, "float32"), Config(90, 128, "float32"), Config(90, 128,
 MAIN += (Config(80, 128, options=True), Config(90, 80, page_size=64, options=True, group=32))
 
 
-@contextlib.contextmanager
 def launches_only_compile(arch: int):
-    """Yields the list of (kernel name, compiled kernel) of the launches inside."""
     from xformer_fast.kernels import decode
 
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        patch.setattr(decode, "multiprocessors", lambda device: 132)
-        patch.setattr(decode, "launch_context", lambda tensor: contextlib.nullcontext())
-        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
-        yield compiled
+    return compiling(arch, decode, multiprocessors=132)
 
 
 def call(config: Config, capacity=4096, tokens=1, window=-1):
@@ -74,26 +58,16 @@ def call(config: Config, capacity=4096, tokens=1, window=-1):
     decode.forward(query, cache, cache, *terms)
 
 
-def resources(config: Config) -> list[dict]:
+@functools.cache
+def rows_of(config: Config) -> list[dict]:
     with launches_only_compile(config.arch) as compiled:
         call(config)
-    rows = []
-    for name, kernel in compiled:
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
-        row = {"kernel": name, "shared": kernel.metadata.shared}
-        rows.append({**row, **{field: int(number) for field, number in usage}})
-    return rows
-
-
-@functools.cache
-def compiled_in_parallel() -> dict:
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        return dict(zip(MAIN, pool.map(resources, MAIN), strict=True))
+    return resources(compiled)
 
 
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_compiles_without_spills(config):
-    rows = compiled_in_parallel()[config]
+    rows = rows_of(config)
     names = ["kv_cache_append_kernel", "decode_split_kernel", "decode_merge_kernel"]
     assert [row["kernel"] for row in rows] == names
     for row in rows:

@@ -1,17 +1,14 @@
 """Compiles the Triton kernels of linear attention to sm_80 and sm_90, without a GPU, as test_triton_compile does."""
 
-import contextlib
 import functools
 import os
-import re
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from test_triton_compile import SHARED_MEMORY, Config, Driver, disassemble  # noqa: E402
+pytest.importorskip("triton")
+from test_triton_compile import Config
+from triton_compilation import SHARED_MEMORY, compiling, resources
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
 
@@ -19,24 +16,12 @@ MAIN = [Config(arch, dim, causal=causal) for arch in (80, 90) for dim in (64, 12
 MAIN += [Config(80, 64, "float16", causal=True)]
 OTHER = [Config(90, 256, causal=True), Config(90, 64, "float32", causal=True)]  # spill a little: not tuned on a GPU yet
 OTHER += [Config(90, 64, causal=True, terms="all"), Config(80, 80, causal=True, terms="packed")]
-ALL = (*MAIN, *OTHER)
 
 
-@contextlib.contextmanager
 def launches_only_compile(arch: int):
     from xformer_fast.kernels import linear_attention, linear_attention_backward
 
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        for module in (linear_attention, linear_attention_backward):
-            patch.setattr(module, "launch_context", lambda tensor: contextlib.nullcontext())
-        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
-        yield compiled
+    return compiling(arch, linear_attention, linear_attention_backward)
 
 
 def call(config: Config, length: int = 512):
@@ -61,27 +46,16 @@ def call(config: Config, length: int = 512):
     )
 
 
-def resources(config: Config) -> list[dict]:
+@functools.cache
+def rows_of(config: Config) -> list[dict]:
     with launches_only_compile(config.arch) as compiled:
         call(config)
-    rows = []
-    for name, kernel in compiled:
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
-        matrix = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", disassemble(kernel, "-sass"))))
-        row = {"kernel": name, "shared": kernel.metadata.shared, "matrix": matrix}
-        rows.append({**row, **{field: int(number) for field, number in usage}})
-    return rows
+    return resources(compiled)
 
 
-@functools.cache
-def compiled_in_parallel(configs: tuple) -> dict:
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        return dict(zip(configs, pool.map(resources, configs), strict=True))
-
-
-@pytest.mark.parametrize("config", ALL, ids=str)
+@pytest.mark.parametrize("config", [*MAIN, *OTHER], ids=str)
 def test_compiles_without_spills(config):
-    for row in compiled_in_parallel(ALL)[config]:
+    for row in rows_of(config):
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
         if config in OTHER:
             continue

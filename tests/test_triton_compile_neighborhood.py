@@ -1,18 +1,14 @@
 """Compiles the Triton kernels of neighborhood attention to sm_80 and sm_90, as test_triton_compile does."""
 
-import contextlib
 import functools
 import os
-import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
+pytest.importorskip("triton")
+from triton_compilation import SHARED_MEMORY, compiling, resources
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
 
@@ -43,22 +39,11 @@ WIDE = Config(80, 256, dtype="float32")  # two rows of 256 numbers fill a thread
 WIDE_STACK = 1024  # bytes a thread
 
 
-@contextlib.contextmanager
 def launches_only_compile(arch: int):
     from xformer_fast.kernels import neighborhood_attention, neighborhood_attention_backward, neighborhood_tiles
 
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        patch.setattr(neighborhood_tiles, "architecture", lambda device: f"sm{arch}")
-        for module in (neighborhood_attention, neighborhood_attention_backward):
-            patch.setattr(module, "launch_context", lambda tensor: contextlib.nullcontext())
-        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
-        yield compiled
+    modules = neighborhood_attention, neighborhood_attention_backward, neighborhood_tiles
+    return compiling(arch, *modules, architecture=f"sm{arch}")
 
 
 def call(config: Config, side: int = 64, batch: int = 2):
@@ -75,29 +60,15 @@ def call(config: Config, side: int = 64, batch: int = 2):
     neighborhood_attention_backward.backward(out, query, key, value, *options, config.table)
 
 
-def resources(config: Config) -> list[dict]:
+@functools.cache
+def rows_of(config: Config) -> list[dict]:
     with launches_only_compile(config.arch) as compiled:
         call(config)
-    rows = []
-    for name, kernel in compiled:
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
-        matrix = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", disassemble(kernel, "-sass"))))
-        row = {"kernel": name, "shared": kernel.metadata.shared, "matrix": matrix}
-        rows.append({**row, **{field: int(number) for field, number in usage}})
-    return rows
+    return resources(compiled)
 
 
-@functools.cache
-def compiled_in_parallel(configs: tuple) -> dict:
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        jobs = {config: pool.submit(resources, config) for config in configs}
-        return {config: job.exception() or job.result() for config, job in jobs.items()}
-
-
-def check(config: Config, configs: list[Config], stack: int = 0):
-    rows = compiled_in_parallel(tuple(configs))[config]
-    if isinstance(rows, Exception):
-        raise rows
+def check(config: Config, stack: int = 0):
+    rows = rows_of(config)
     assert len(rows) == (4 if config.table else 3)
     for row in rows:
         spilled = row["STACK"] + row["LOCAL"]
@@ -108,18 +79,18 @@ def check(config: Config, configs: list[Config], stack: int = 0):
 
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_main_configurations(config):
-    check(config, MAIN)
+    check(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_other_configurations(config):
-    check(config, MORE)
+    check(config)
 
 
 @pytest.mark.slow
 def test_wide_rows_of_float32():
-    check(WIDE, [WIDE], WIDE_STACK)
+    check(WIDE, WIDE_STACK)
 
 
 def test_a_new_map_compiles_nothing():

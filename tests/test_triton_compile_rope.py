@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 @contextlib.contextmanager
 def launches_only_compile(arch: int):
     """Yields the list of compiled kernels of the launches inside."""
-    from test_triton_compile import Driver
+    from triton_compilation import Driver
 
     from xformer_fast.kernels import rope
 
@@ -37,7 +37,7 @@ def rotate(dtype=torch.bfloat16, length=512, dim=128, rotary=128, interleaved=Fa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_main_configurations(arch, dtype, interleaved):
-    from test_triton_compile import disassemble
+    from triton_compilation import disassemble
 
     with launches_only_compile(arch) as compiled:
         rotate(dtype, interleaved=interleaved)

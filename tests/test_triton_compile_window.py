@@ -1,20 +1,16 @@
 """Compiles the Triton kernels of windowed attention to sm_80 and sm_90, without a GPU, as test_triton_compile does."""
 
-import contextlib
 import functools
 import os
-import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles for a GPU")
 
-from test_triton_compile import SHARED_MEMORY, Driver, disassemble  # noqa: E402
+from triton_compilation import SHARED_MEMORY, compiling, resources  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,10 @@ MORE += [Config(90, (12, 12)), Config(80, (12, 12), cosine=True)]
 WIDE = [Config(80, (2, 7, 7), head_dim=80), Config(90, head_dim=256)]  # spill a few registers
 
 
-@contextlib.contextmanager
 def launches_only_compile(arch: int):
-    """Yields the list of (kernel name, compiled kernel) of the launches inside."""
     from xformer_fast.kernels import window_attention, window_attention_backward
 
-    compiled, run = [], triton.JITFunction.run
-
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        for module in (window_attention, window_attention_backward):
-            patch.setattr(module, "launch_context", lambda tensor: contextlib.nullcontext())
-        patch.setattr(triton.runtime.driver, "_active", Driver(arch))
-        yield compiled
+    return compiling(arch, window_attention, window_attention_backward)
 
 
 def call(config: Config, batch=2, counts=(2, 3, 2), heads=3, shift=None):
@@ -77,31 +61,15 @@ def call(config: Config, batch=2, counts=(2, 3, 2), heads=3, shift=None):
     window_attention_backward.backward(out, *arguments, *needs)
 
 
-def resources(config: Config) -> list[dict]:
+@functools.cache
+def rows_of(config: Config) -> list[dict]:
     with launches_only_compile(config.arch) as compiled:
         call(config)
-    rows = []
-    for name, kernel in compiled:
-        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
-        code = disassemble(kernel, "-sass")
-        row = {"kernel": name, "shared": kernel.metadata.shared, "asynchronous": "LDGSTS" in code}
-        row["matrix"] = sorted(set(re.findall(r"\b(HGMMA|HMMA)\b", code)))
-        rows.append({**row, **{field: int(number) for field, number in usage}})
-    return rows
+    return resources(compiled)
 
 
-@functools.cache
-def compiled_in_parallel(configs: tuple) -> dict:
-    with ProcessPoolExecutor(max_workers=min(8, os.cpu_count()), mp_context=get_context("spawn")) as pool:
-        jobs = {config: pool.submit(resources, config) for config in configs}
-        return {config: job.exception() or job.result() for config, job in jobs.items()}
-
-
-def compiled_rows(config: Config, configs) -> list[dict]:
-    """What every kernel of a call takes; `configs` are those that are compiled with it."""
-    rows = compiled_in_parallel(tuple(configs))[config]
-    if isinstance(rows, Exception):
-        raise rows
+def compiled_rows(config: Config) -> list[dict]:
+    rows = rows_of(config)
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
         if row["kernel"] not in ("window_bias_kernel", "window_table_gradient_kernel"):
@@ -121,7 +89,7 @@ def check(config: Config, rows: list[dict]):
 
 @pytest.mark.parametrize("config", MAIN, ids=str)
 def test_main_configurations(config):
-    rows = compiled_rows(config, MAIN)
+    rows = compiled_rows(config)
     check(config, rows)
     assert any("large" in row["kernel"] for row in rows) == (config.window == (12, 12))
 
@@ -129,13 +97,13 @@ def test_main_configurations(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", MORE, ids=str)
 def test_more_configurations(config):
-    check(config, compiled_rows(config, MORE))
+    check(config, compiled_rows(config))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", WIDE, ids=str)
 def test_wide_heads_compile(config):
-    compiled_rows(config, WIDE)
+    compiled_rows(config)
 
 
 def test_another_map_compiles_nothing():
