@@ -1,7 +1,8 @@
 """The measuring instruments: interleaved timing, peak memory, ceilings of the machine, and what identifies it.
 
 Timing: every round runs each peer once, in rotating order, each for at least a millisecond of repeated calls (CPU) or
-between two events after the L2 cache was overwritten (CUDA). Medians with the 20th and 80th percentile are reported.
+between two events after the L2 cache was overwritten (CUDA). torch's threads are awake when a
+call begins. Medians with the 20th and 80th percentile are reported.
 Peak memory: what one call adds to the resident set (CPU: the kernel's high-water mark) or to the allocator (CUDA).
 """
 

@@ -53,6 +53,20 @@ XF_INLINE void multiply_add(Vec& sum, BfloatPairs a, UVec b) {
 XF_INLINE float broadcast_source(const float* a) { return *a; }
 XF_INLINE Vec load_operand(const float* b) { return load(b); }
 
+constexpr int64_t kCacheLine = 64;
+
+// Asks for `lines` adjacent lines, and steps past them. A loop of one line each costs twice as much.
+XF_INLINE void ask_for(const char*& line, int64_t lines) {
+  for (; lines >= 2; lines -= 2, line += 2 * kCacheLine) {
+    __builtin_prefetch(line, 0, 2);
+    __builtin_prefetch(line + kCacheLine, 0, 2);
+  }
+  if (lines) {
+    __builtin_prefetch(line, 0, 2);
+    line += kCacheLine;
+  }
+}
+
 // Areas of rows, `stride` elements or the `offsets` of a list apart. What does not fit the list of areas is not asked for.
 class Prefetch {
  public:
@@ -80,17 +94,10 @@ class Prefetch {
     lines_ -= now;
     while (now > 0) {
       if (left_ == 0) next_row();
-      int64_t lines = min_of(now, left_);
+      const int64_t lines = min_of(now, left_);
       now -= lines;
       left_ -= lines;
-      for (; lines >= 2; lines -= 2, line_ += 2 * kLine) {  // a loop of one line each costs twice as much
-        __builtin_prefetch(line_, 0, 2);
-        __builtin_prefetch(line_ + kLine, 0, 2);
-      }
-      if (lines) {
-        __builtin_prefetch(line_, 0, 2);
-        line_ += kLine;
-      }
+      ask_for(line_, lines);
     }
   }
 
@@ -98,7 +105,7 @@ class Prefetch {
   template <class T>
   void add(const T* p, const int64_t* offsets, int64_t stride, int64_t rows, int64_t columns) {
     if (count_ == kMostAreas || rows * columns <= 0) return;
-    const int64_t element = sizeof(T), lines = (columns * element + kLine - 1) / kLine;
+    const int64_t element = sizeof(T), lines = (columns * element + kCacheLine - 1) / kCacheLine;
     areas_[count_++] = {reinterpret_cast<const char*>(p), offsets, element, stride * element, rows, lines};
     lines_ += rows * lines;
   }
@@ -116,7 +123,6 @@ class Prefetch {
     int64_t element, stride, rows, lines;  // lines of a row
   };
   static constexpr int kMostAreas = 8;
-  static constexpr int64_t kLine = 64;
   Area areas_[kMostAreas];
   int count_ = 0, area_ = 0;
   int64_t row_ = 0, left_ = 0;  // the next row of the area; lines left of the row before it
