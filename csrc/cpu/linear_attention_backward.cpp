@@ -8,10 +8,13 @@
 // over i with p_i >= j. The gradient of a returned state joins G as a query at the last key would; G at the start of the
 // sequence is the gradient of the initial state.
 //
-// Two walks over chunks, each as the forward's (chunks, squares of the triangle, segments, prefix): the first goes forward
-// and recomputes S, transposed, for dQ; the second goes backward and carries G for dK and dV. Nothing per chunk is kept
-// from the forward; of each row only the denominator is. All states and products are float32, for half types too. The
-// second walk takes all query heads of a group together, so dK and dV are written once.
+// Causal: two walks over chunks, each as the forward's (chunks, squares of the triangle, segments, prefix): the first goes
+// forward and recomputes S, transposed, for dQ; the second goes backward and carries G for dK and dV. Not causal: S from a
+// pass over the keys, dQ and G from one over the queries, dK and dV from another over the keys. Nothing per chunk is kept
+// from the forward; of each row only the denominator is, and h from the first time it is met. All states and products are
+// float32, for half types too. dK and dV are written once, by a task that takes all query heads of a group.
+//
+// The rows of the next chunk are asked for between the row chunks of the products of this one.
 //
 // The gradient of decay is carried along the first walk when it is asked for, by the derivative of the recurrence,
 // M = dS / d log(decay): M' = decay^n (M + n S) + sum_j (n-1-j) decay^(n-1-j) phi(k_j) v_j^T. Sums of position times
@@ -30,6 +33,7 @@ struct Plan {
   int64_t segments;
   float* states;         // [stream][segment]
   float* totals;         // [stream], not causal
+  float* row_grads;      // h of every query
   double* decay_sums;    // [stream][segment]
 };
 
@@ -42,6 +46,13 @@ void clear_state(float* state, int64_t size) {
 void merge_states(float keep, const float* more, float* state, int64_t size) {
   for (int64_t c = 0; c < size; c += kLanes) store(state + c, load(state + c) * keep + load(more + c));
 }
+
+// Where h of a head's queries begins.
+float* row_grads_of(const Plan& plan, int64_t b, int64_t h) {
+  const LinearAttention& a = *plan.attention;
+  return plan.row_grads + (a.cu_seqlens ? h * a.cu_seqlens[a.batch] + a.cu_seqlens[b] : (b * a.heads_q + h) * a.seqlen_q);
+}
+
 void copy_state(float* to, const float* from, int64_t size) { __builtin_memcpy(to, from, size_t(size) * sizeof(float)); }
 
 // state += kv, z of a tensor, as [head_dim][head_dim_v] or transposed.
@@ -63,6 +74,30 @@ void store_initial_gradient(const Plan& plan, int64_t stream, const float* state
   for (int64_t d = 0; d < a.head_dim; ++d)
     copy_state(g.grad_initial_kv + (stream * a.head_dim + d) * a.head_dim_v, state + d * plan.ldv, a.head_dim_v);
   copy_state(g.grad_initial_z + stream * a.head_dim, state + kv_size(plan), a.head_dim);
+}
+
+// out[r][0..ld) = weights[r] * grad[r], zeros past `columns`; dots[r] = grad[r] . forward[r] (forward nullptr: not wanted).
+template <class T>
+XF_NOINLINE void weigh_gradients(const T* grad, int64_t grad_stride, const T* forward, int64_t forward_stride, const float* weights,
+                                 int64_t rows, int64_t columns, float* out, int64_t ld, float* dots) {
+  const int tail = int(columns % kLanes);
+  const int64_t whole = columns - tail;
+  for (int64_t r = 0; r < rows; ++r, grad += grad_stride, out += ld) {
+    const Vec weight = broadcast(weights[r]);
+    int64_t c = 0;
+    for (; c < whole; c += kLanes) store(out + c, load(grad + c) * weight);
+    if (tail) {
+      store(out + c, lane_index() < broadcast_int(tail) ? load(grad + c, tail) * weight : zero());
+      c += kLanes;
+    }
+    for (; c < ld; c += kLanes) store(out + c, zero());
+    if (!forward) continue;
+    Vec sum = zero();
+    for (c = 0; c < whole; c += kLanes) sum += load(grad + c) * load(forward + c);
+    if (tail) sum += lane_index() < broadcast_int(tail) ? load(grad + c, tail) * load(forward + c, tail) : zero();
+    dots[r] = reduce_add(sum);
+    forward += forward_stride;
+  }
 }
 
 // Rows of one head's chunk, as both walks need them.
@@ -104,27 +139,46 @@ class Rows {
     value = value_copy, value_ld = plan_.ldv;
   }
 
-  // phi(Q), g and h; with decay also g and h times what the state before the chunk has left at each row.
-  void load_queries(int64_t head, int64_t query0, int64_t rows, const Decay& decay) {
+  // phi(Q), g and h, worked out or as an earlier pass left it; with decay also g and h times what the state before the chunk
+  // has left at each row.
+  enum class RowGrads { compute, recall };
+  void load_queries(int64_t head, int64_t query0, int64_t rows, const Decay& decay, RowGrads how) {
     const int64_t row = a_.row0(b_) + query0;
     const View& grad_out = plan_.grad->grad_out;
     map_rows(a_.map, row_of<T>(a_.query, b_, head, row), a_.query.row, rows, a_.head_dim, query, plan_.ldk);
-    const T* out_grad = row_of<T>(grad_out, b_, head, row);
-    map_rows_of<FeatureMap::identity>(out_grad, grad_out.row, rows, a_.head_dim_v, grad, plan_.ldv);
-    map_rows_of<FeatureMap::identity>(row_of<T>(a_.out, b_, head, row), a_.out.row, rows, a_.head_dim_v, weighted_grad, plan_.ldv);
-    row_dots(grad, plan_.ldv, weighted_grad, plan_.ldv, rows, plan_.ldv, dots);
     const float* denominators = a_.denominator + b_ * a_.denominator_batch + head * a_.denominator_head + row;
-    for (int64_t i = 0; i < rows; ++i) {
-      weights[i] = denominators[i] == 0.f ? 0.f : a_.scale / denominators[i];
-      row_grad[i] = a_.normalize ? -weights[i] * dots[i] : 0.f;
-    }
-    for (int64_t i = rows; i < round_up(rows, kPad); ++i) row_grad[i] = 0.f;
-    weigh_rows(grad, plan_.ldv, weights, rows, plan_.ldv, grad, plan_.ldv);
+    for (int64_t i = 0; i < rows; ++i) weights[i] = denominators[i] == 0.f ? 0.f : a_.scale / denominators[i];
+    float* kept = row_grads_of(plan_, b_, head) + query0;
+    const bool dots_wanted = a_.normalize && how == RowGrads::compute;
+    weigh_gradients(row_of<T>(grad_out, b_, head, row), grad_out.row, dots_wanted ? row_of<T>(a_.out, b_, head, row) : nullptr,
+                    a_.out.row, weights, rows, a_.head_dim_v, grad, plan_.ldv, dots);
+    for (int64_t i = 0; dots_wanted && i < rows; ++i) kept[i] = -weights[i] * dots[i];
+    for (int64_t i = 0; i < round_up(rows, kPad); ++i) row_grad[i] = a_.normalize && i < rows ? kept[i] : 0.f;
     carried_grad = grad, carried_row_grad = row_grad;
     if (!decay.active) return;
     weigh_rows(grad, plan_.ldv, decay.up, rows, plan_.ldv, weighted_grad, plan_.ldv);
     for (int64_t i = 0; i < rows; ++i) weighted_row_grad[i] = row_grad[i] * decay.up[i];
     carried_grad = weighted_grad, carried_row_grad = weighted_row_grad;
+  }
+
+  void prefetch_keys(int64_t kv_head, int64_t key0, int64_t rows, Prefetch& ahead) const {
+    const int64_t row = a_.row0(b_) + key0;
+    ahead.add(row_of<T>(a_.key, b_, kv_head, row), a_.key.row, rows, a_.head_dim);
+    ahead.add(row_of<T>(a_.value, b_, kv_head, row), a_.value.row, rows, a_.head_dim_v);
+  }
+  void prefetch_queries(int64_t head, int64_t query0, int64_t rows, RowGrads how, Prefetch& ahead) const {
+    const int64_t row = a_.row0(b_) + query0;
+    const View& grad_out = plan_.grad->grad_out;
+    ahead.add(row_of<T>(a_.query, b_, head, row), a_.query.row, rows, a_.head_dim);
+    ahead.add(row_of<T>(grad_out, b_, head, row), grad_out.row, rows, a_.head_dim_v);
+    if (a_.normalize && how == RowGrads::compute) ahead.add(row_of<T>(a_.out, b_, head, row), a_.out.row, rows, a_.head_dim_v);
+  }
+
+  // G += phi(Q)^T g, y likewise, of the queries that load_queries left.
+  void add_queries(int64_t rows, float* state, Prefetch* ahead) const {
+    add_rows(query, plan_.ldk, carried_row_grad, rows, plan_.ldk, 1.f, state + kv_size(plan_));
+    multiply(a_.head_dim, plan_.ldv, rows, query, 1, plan_.ldk, carried_grad, plan_.ldv, state, plan_.ldv, Start::accumulate,
+             nullptr, ahead);
   }
 
   void make_grad_tile(int64_t rows, const Decay& decay) {
@@ -176,6 +230,10 @@ struct QueryWalk {
   static size_t scratch_bytes(const Plan& plan) {
     return size_t(plan.state_size) * sizeof(float) + 64 + size_t(Rows<T>::bytes(plan));
   }
+  int64_t kv_head() const { return head / (a.heads_q / a.heads_kv); }
+  void prefetch_keys(const Chunk& chunk, Prefetch& ahead) const {
+    if (chunk.keys) x.prefetch_keys(kv_head(), chunk.position, chunk.rows, ahead);
+  }
   bool wants_decay() const { return plan.grad->grad_decay != nullptr; }
   float* moment() const { return state + one_state(plan); }
 
@@ -189,32 +247,34 @@ struct QueryWalk {
     if (wants_decay()) age_moment(rows);
     for (int64_t c = 0; c < plan.state_size; c += kLanes) store(state + c, load(state + c) * decay.power[rows]);
   }
-  void add_weighted(const float* weights, int64_t rows, float* to) {
+  void add_weighted(const float* weights, int64_t rows, float* to, Prefetch* ahead) {
     const float* operand = x.key;
     if (weights) weigh_rows(x.key, plan.ldk, weights, rows, plan.ldk, x.weighted_key, plan.ldk), operand = x.weighted_key;
     add_rows(x.key, plan.ldk, weights, rows, plan.ldk, 1.f, to + kv_size(plan));
-    multiply(a.head_dim_v, plan.ldk, rows, x.value, 1, x.value_ld, operand, plan.ldk, to, plan.ldk, Start::accumulate);
+    multiply(a.head_dim_v, plan.ldk, rows, x.value, 1, x.value_ld, operand, plan.ldk, to, plan.ldk, Start::accumulate,
+             nullptr, ahead);
   }
-  void add_keys(int64_t rows) {
+  void add_keys(int64_t rows, Prefetch* ahead) {
     carry(rows);
-    add_weighted(decay.active ? decay.down : nullptr, rows, state);
+    add_weighted(decay.active ? decay.down : nullptr, rows, state, ahead);
     if (!wants_decay()) return;
     for (int64_t j = 0; j < rows; ++j) x.weights[j] = decay.down[j] * float(rows - 1 - j);
-    add_weighted(x.weights, rows, moment());
+    add_weighted(x.weights, rows, moment(), nullptr);
   }
-  void apply(const float* from, int64_t rows, float* to) {
-    multiply(rows, plan.ldk, a.head_dim_v, x.carried_grad, plan.ldv, 1, from, plan.ldk, to, plan.ldk, Start::overwrite);
+  void apply(const float* from, int64_t rows, float* to, Prefetch* ahead) {
+    multiply(rows, plan.ldk, a.head_dim_v, x.carried_grad, plan.ldv, 1, from, plan.ldk, to, plan.ldk, Start::overwrite, nullptr,
+             ahead);
     add_outer(x.carried_row_grad, from + kv_size(plan), rows, plan.ldk, to, plan.ldk);
   }
-  void apply_state(int64_t query0, const Chunk& chunk) {
+  void apply_state(int64_t query0, const Chunk& chunk, Prefetch* ahead) {
     const int64_t rows = chunk.rows;
-    x.load_queries(head, query0, rows, decay);
+    x.load_queries(head, query0, rows, decay, Rows<T>::RowGrads::compute);
     if (wants_decay()) {
-      apply(moment(), rows, x.grad_phi);
+      apply(moment(), rows, x.grad_phi, nullptr);
       row_dots(x.query, plan.ldk, x.grad_phi, plan.ldk, rows, plan.ldk, x.dots);
       for (int64_t i = 0; i < rows; ++i) decay_sum += x.dots[i];
     }
-    apply(state, rows, x.grad_phi);
+    apply(state, rows, x.grad_phi, ahead);
     if (wants_decay()) {
       row_dots(x.query, plan.ldk, x.grad_phi, plan.ldk, rows, plan.ldk, x.dots);
       for (int64_t i = 0; i < rows; ++i) decay_sum += double(chunk.first + i) * double(x.dots[i]);
@@ -267,8 +327,10 @@ void query_segment_state(void* context, int64_t task, char* scratch) {
     if (chunk.position < 0) continue;
     run.decay.weigh(chunk.rows, chunk.first);
     if (chunk.keys) {
-      run.x.load_keys(h / (a.heads_q / a.heads_kv), chunk.position, chunk.rows);
-      run.add_keys(chunk.rows);
+      Prefetch keys;
+      if (k + 1 < range.last) run.prefetch_keys(walk[k + 1], keys);
+      run.x.load_keys(run.kv_head(), chunk.position, chunk.rows);
+      run.add_keys(chunk.rows, &keys);
     } else {
       run.carry(chunk.rows);
     }
@@ -318,15 +380,21 @@ void query_walk_task(void* context, int64_t task, char* scratch) {
     const Chunk chunk = walk[k];
     if (chunk.position == walk.limit) run.meet_final_state(stream);
     run.decay.weigh(chunk.rows, chunk.first);
-    if (chunk.keys) run.x.load_keys(h / (a.heads_q / a.heads_kv), chunk.position, chunk.rows);
+    Prefetch queries, keys;
+    if (k + 1 < range.last) {
+      const Chunk next = walk[k + 1];
+      run.prefetch_keys(next, keys);
+      if (next.queries) run.x.prefetch_queries(h, next.position - walk.shift, next.rows, Rows<T>::RowGrads::compute, queries);
+    }
+    if (chunk.keys) run.x.load_keys(run.kv_head(), chunk.position, chunk.rows);
     if (chunk.queries) {
       const int64_t query0 = chunk.position - walk.shift;
-      run.apply_state(query0, chunk);
+      run.apply_state(query0, chunk, &queries);
       if (chunk.keys) run.attend(chunk.rows);
       run.store_gradient(query0, chunk.rows);
     }
     if (chunk.keys)
-      run.add_keys(chunk.rows);
+      run.add_keys(chunk.rows, &keys);
     else if (chunk.position >= 0)
       run.carry(chunk.rows);
   }
@@ -360,7 +428,7 @@ struct KeyWalk {
   }
 
   // dphi(K) and dV of the loaded keys from G of one head of the group; the first overwrites.
-  void apply_state(const float* state, const Decay& decay, int64_t rows, bool first) {
+  void apply_state(const float* state, const Decay& decay, int64_t rows, bool first, Prefetch* ahead) {
     const float *key = x.key, *value = x.value;
     int64_t value_ld = x.value_ld;
     if (decay.active) {
@@ -369,7 +437,8 @@ struct KeyWalk {
       key = x.weighted_key, value = x.weighted_value, value_ld = plan.ldv;
     }
     const Start start = first ? Start::overwrite : Start::accumulate;
-    multiply(rows, plan.ldk, a.head_dim_v, value, value_ld, 1, transposed, plan.ldk, x.grad_phi, plan.ldk, start);
+    multiply(rows, plan.ldk, a.head_dim_v, value, value_ld, 1, transposed, plan.ldk, x.grad_phi, plan.ldk, start,
+             nullptr, ahead);
     add_outer(decay.active ? decay.down : nullptr, state + kv_size(plan), rows, plan.ldk, x.grad_phi, plan.ldk);
     multiply(rows, plan.ldv, a.head_dim, key, plan.ldk, 1, state, plan.ldv, grad_value, plan.ldv, start);
   }
@@ -387,10 +456,6 @@ struct KeyWalk {
       multiply(n, plan.ldv, rows - j, x.probabilities + at, kChunk, 1, x.grad + j * plan.ldv, plan.ldv,
                grad_value + j * plan.ldv, plan.ldv, Start::accumulate);
     }
-  }
-  void add_queries(float* state, int64_t rows) {
-    add_rows(x.query, plan.ldk, x.carried_row_grad, rows, plan.ldk, 1.f, state + kv_size(plan));
-    multiply(a.head_dim, plan.ldv, rows, x.query, 1, plan.ldk, x.carried_grad, plan.ldv, state, plan.ldv, Start::accumulate);
   }
   void store_gradients(int64_t key0, int64_t rows) {
     const int64_t row = a.row0(b) + key0;
@@ -411,21 +476,35 @@ struct KeyWalk {
   }
   int64_t stream(int64_t i) const { return b * a.heads_q + kv_head * group + i; }
 
-  // One head of the group over one chunk; `outputs`: also dK and dV, not the state alone.
-  void step(int64_t i, const Walk& walk, const Chunk& chunk, bool outputs) {
+  // Chunk k of the walk, all heads of the group; the one before it is the next. `outputs`: also dK and dV, not the state alone.
+  void step(const Walk& walk, int64_t k, int64_t first, bool outputs) {
+    const Chunk chunk = walk[k], next = k > first ? walk[k - 1] : Chunk{};
+    Prefetch keys;
+    if (outputs && next.keys) x.prefetch_keys(kv_head, next.position, next.rows, keys);
+    if (outputs && chunk.keys) x.load_keys(kv_head, chunk.position, chunk.rows);
+    for (int64_t i = 0; i < group; ++i) {
+      Prefetch queries;
+      const Chunk& then = i + 1 < group ? chunk : next;
+      if (then.queries)
+        x.prefetch_queries(kv_head * group + (i + 1) % group, then.position - walk.shift, then.rows, Rows<T>::RowGrads::recall, queries);
+      head_step(i, walk, chunk, outputs, i == 0 ? &keys : nullptr, &queries);
+    }
+  }
+  void head_step(int64_t i, const Walk& walk, const Chunk& chunk, bool outputs, Prefetch* next_keys, Prefetch* next_queries) {
     float* state = states + i * plan.state_size;
     Decay& decay = decays[i];
     decay.weigh(chunk.rows, chunk.first);
     if (chunk.keys && chunk.position + chunk.rows == walk.limit) add_final(i);
-    if (chunk.queries) x.load_queries(kv_head * group + i, chunk.position - walk.shift, chunk.rows, decay);
+    if (chunk.queries)
+      x.load_queries(kv_head * group + i, chunk.position - walk.shift, chunk.rows, decay, Rows<T>::RowGrads::recall);
     if (outputs && chunk.keys) {
       transpose_state(state);
-      apply_state(state, decay, chunk.rows, i == 0);
+      apply_state(state, decay, chunk.rows, i == 0, next_keys);
       if (chunk.queries) attend(decay, chunk.rows);
     }
     if (decay.active && chunk.position >= 0)
       for (int64_t c = 0; c < plan.state_size; c += kLanes) store(state + c, load(state + c) * decay.power[chunk.rows]);
-    if (chunk.queries) add_queries(state, chunk.rows);
+    if (chunk.queries) x.add_queries(chunk.rows, state, next_queries);
   }
 };
 
@@ -438,8 +517,7 @@ void key_segment_state(void* context, int64_t task, char* scratch) {
   const Walk walk(a, b);
   const Range range = segment(walk.count, s, plan.segments);
   clear_state(run.states, run.group * plan.state_size);
-  for (int64_t k = range.last - 1; k >= range.first; --k)
-    for (int64_t i = 0; i < run.group; ++i) run.step(i, walk, walk[k], false);
+  for (int64_t k = range.last - 1; k >= range.first; --k) run.step(walk, k, range.first, false);
   for (int64_t i = 0; i < run.group; ++i)
     copy_state(plan.states + (run.stream(i) * plan.segments + s) * plan.state_size, run.states + i * plan.state_size, plan.state_size);
 }
@@ -476,8 +554,7 @@ void key_walk_task(void* context, int64_t task, char* scratch) {
     copy_state(run.states + i * plan.state_size, plan.states + (run.stream(i) * plan.segments + s) * plan.state_size, plan.state_size);
   for (int64_t k = range.last - 1; k >= range.first; --k) {
     const Chunk chunk = walk[k];
-    if (chunk.keys) run.x.load_keys(run.kv_head, chunk.position, chunk.rows);
-    for (int64_t i = 0; i < run.group; ++i) run.step(i, walk, chunk, true);
+    run.step(walk, k, range.first, true);
     if (chunk.keys)
       run.store_gradients(chunk.position, chunk.rows);
     else if (chunk.position >= 0)
@@ -489,7 +566,7 @@ void key_walk_task(void* context, int64_t task, char* scratch) {
   }
 }
 
-// ---- not causal: both states whole, then both gradients ----
+// ---- not causal: S whole; dQ and G; dK and dV ----
 
 template <class T>
 void key_sum_task(void* context, int64_t task, char* scratch) {
@@ -501,8 +578,10 @@ void key_sum_task(void* context, int64_t task, char* scratch) {
   const Range range = segment((limit + kChunk - 1) / kChunk, task % plan.segments, plan.segments);
   clear_state(run.state, plan.state_size);
   for (int64_t k = range.first; k < range.last; ++k) {
+    Prefetch next;
+    if (k + 1 < range.last) run.x.prefetch_keys(kv_head, (k + 1) * kChunk, rows_at(k + 1, limit), next);
     run.x.load_keys(kv_head, k * kChunk, rows_at(k, limit));
-    run.add_keys(rows_at(k, limit));
+    run.add_keys(rows_at(k, limit), &next);
   }
   copy_state(plan.states + task * plan.state_size, run.state, plan.state_size);
 }
@@ -522,29 +601,22 @@ template <class T>
 void query_task(void* context, int64_t task, char* scratch) {
   const Plan& plan = *static_cast<const Plan*>(context);
   const LinearAttention& a = *plan.attention;
-  const int64_t stream = task / plan.segments, b = stream / a.heads_q, len = a.len_q(b);
-  QueryWalk<T> run(plan, b, stream % a.heads_q, scratch);
+  const int64_t stream = task / plan.segments, b = stream / a.heads_q, h = stream % a.heads_q, len = a.len_q(b);
+  float* grad_state = take<float>(scratch, plan.state_size);
+  QueryWalk<T> run(plan, b, h, scratch);
+  clear_state(grad_state, plan.state_size);
   copy_state(run.state, plan.totals + stream * plan.state_size, plan.state_size);
   const Range range = segment((len + kChunk - 1) / kChunk, task % plan.segments, plan.segments);
   for (int64_t k = range.first; k < range.last; ++k) {
-    run.apply_state(k * kChunk, {k * kChunk, rows_at(k, len), false, true, 1});
-    run.store_gradient(k * kChunk, rows_at(k, len));
+    const int64_t rows = rows_at(k, len);
+    Prefetch next;
+    if (k + 1 < range.last)
+      run.x.prefetch_queries(h, (k + 1) * kChunk, rows_at(k + 1, len), Rows<T>::RowGrads::compute, next);
+    run.apply_state(k * kChunk, {k * kChunk, rows, false, true, 1}, &next);
+    run.x.add_queries(rows, grad_state, nullptr);
+    run.store_gradient(k * kChunk, rows);
   }
-}
-
-template <class T>
-void query_sum_task(void* context, int64_t task, char* scratch) {
-  const Plan& plan = *static_cast<const Plan*>(context);
-  const LinearAttention& a = *plan.attention;
-  const int64_t stream = task / plan.segments, b = stream / a.heads_q, h = stream % a.heads_q, len = a.len_q(b);
-  KeyWalk<T> run(plan, b, h / (a.heads_q / a.heads_kv), scratch);
-  clear_state(run.states, plan.state_size);
-  const Range range = segment((len + kChunk - 1) / kChunk, task % plan.segments, plan.segments);
-  for (int64_t k = range.first; k < range.last; ++k) {
-    run.x.load_queries(h, k * kChunk, rows_at(k, len), run.decays[0]);
-    run.add_queries(run.states, rows_at(k, len));
-  }
-  copy_state(plan.states + task * plan.state_size, run.states, plan.state_size);
+  copy_state(plan.states + task * plan.state_size, grad_state, plan.state_size);
 }
 
 // G of every head is the gradient of its initial state; their sum over the group is what its keys meet.
@@ -575,8 +647,10 @@ void key_task(void* context, int64_t task, char* scratch) {
   run.transpose_state(total);
   const Range range = segment((limit + kChunk - 1) / kChunk, s, plan.segments);
   for (int64_t k = range.first; k < range.last; ++k) {
+    Prefetch next;
+    if (k + 1 < range.last) run.x.prefetch_keys(run.kv_head, (k + 1) * kChunk, rows_at(k + 1, limit), next);
     run.x.load_keys(run.kv_head, k * kChunk, rows_at(k, limit));
-    run.apply_state(total, run.decays[0], rows_at(k, limit), true);
+    run.apply_state(total, run.decays[0], rows_at(k, limit), true, &next);
     run.store_gradients(k * kChunk, rows_at(k, limit));
   }
   if (s + 1 == plan.segments) run.clear_gradients(limit, a.len_k(b));
@@ -592,6 +666,8 @@ void backward_of(const LinearAttention& a, const LinearAttentionGrad& g, const P
   plan.states = plan.totals = nullptr;
   plan.decay_sums = nullptr;
   const int64_t streams = a.batch * a.heads_q, kv_streams = a.batch * a.heads_kv;
+  const int64_t queries = a.cu_seqlens ? a.heads_q * a.cu_seqlens[a.batch] : streams * a.seqlen_q;
+  plan.row_grads = static_cast<float*>(pool.allocate(pool.self, size_t(queries) * sizeof(float)));
   const auto space = [&](int64_t states) {
     return static_cast<float*>(pool.allocate(pool.self, size_t(states * plan.state_size) * sizeof(float)));
   };
@@ -629,9 +705,8 @@ void backward_of(const LinearAttention& a, const LinearAttentionGrad& g, const P
   pool.run(kv_streams * plan.segments, key_sum_task<T>, &plan, QueryWalk<T>::scratch_bytes(plan));
   pool.run(streams, key_total, &plan, 0);
   plan.segments = segments_of(streams, a.seqlen_q, true);
-  pool.run(streams * plan.segments, query_task<T>, &plan, QueryWalk<T>::scratch_bytes(plan));
   plan.states = space(streams * plan.segments);
-  pool.run(streams * plan.segments, query_sum_task<T>, &plan, KeyWalk<T>::scratch_bytes(plan));
+  pool.run(streams * plan.segments, query_task<T>, &plan, state_bytes() + 64 + QueryWalk<T>::scratch_bytes(plan));
   pool.run(kv_streams, query_total, &plan, state_bytes());
   plan.segments = segments_of(kv_streams, a.seqlen_k, true);
   pool.run(kv_streams * plan.segments, key_task<T>, &plan, KeyWalk<T>::scratch_bytes(plan));

@@ -11,7 +11,11 @@ namespace xformer_fast {
 namespace XFORMER_FAST_ISA {
 namespace {
 
+#if defined(XF_AVX512)
 constexpr int kChunk = 64;
+#else
+constexpr int kChunk = 32;  // half a chunk is half the triangle: of 9 products of the backward, 1.5 are saved
+#endif
 constexpr int kPad = 16;           // of columns, and the side of the squares that a triangle is cut into
 constexpr int kSegmentChunks = 8;  // at least, where a sequence is split for parallelism
 constexpr int kFewStreams = 8;     // fewer heads than this leave cores idle: split the sequences
@@ -254,6 +258,7 @@ struct Decay {
   void start(const LinearAttention& a, int64_t h) {
     active = a.decay != nullptr;
     base_ = active ? double(a.decay[h]) : 1.;
+    initial_ = a.initial_kv != nullptr;
     double p = 1.;  // each power is rounded once: a walk of many chunks multiplies many of them
     for (int n = 0; n < kChunk + kLanes; ++n, p *= base_) power[n] = float(p);
   }
@@ -264,17 +269,19 @@ struct Decay {
       if (n & 1) result *= square;
     return float(result);
   }
-  // Weights of a chunk of n rows: to its end from row j, and to row i from the state before position `first` rows away.
+  // Weights of a chunk of n rows: to its end from row j, and to row i from the state before position `first` rows away. A query
+  // before that state meets the initial one, by a power that may be infinite: none if there is nothing to meet.
   void weigh(int64_t n, int64_t first) {
     for (int64_t j = 0; j < n; ++j) down[j] = power[n - 1 - j];
     for (int64_t i = 0; i < n; ++i) {
       const int64_t distance = first + i;
-      up[i] = distance < 0 ? 1.f / at(-distance) : power[distance];
+      up[i] = distance >= 0 ? power[distance] : initial_ ? 1.f / at(-distance) : 0.f;
     }
   }
 
  private:
   double base_ = 1.;
+  bool initial_ = false;
 };
 
 // ---- chunks ----

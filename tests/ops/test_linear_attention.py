@@ -138,6 +138,20 @@ def test_random_calls(seed, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("decay", [0.1, 0.5])
+def test_decay_of_queries_long_before_the_first_key(decay, monkeypatch):
+    """They see no key and no state: zeros, whatever decay^-distance would be."""
+    case = Case(0, torch.float32)
+    case.tensors = {n: torch.randn(1, 1, length, 8) for n, length in (("query", 200), ("key", 3), ("value", 3))}
+    case.tensors["decay"], case.options = torch.tensor([decay]), {"causal": True}
+    truth, naive = case.evaluate(reference.linear_attention, torch.float64), case.evaluate(reference.linear_attention)
+    for isa in ISAS:
+        monkeypatch.setenv("XFORMER_FAST_ISA", isa)
+        case.check(on_backend("cpu"), truth, naive, isa)
+        assert not xformer_fast.linear_attention(**case.tensors, causal=True)[:, :, :197].any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [1, 8])
 def test_segments(causal, heads, monkeypatch):
