@@ -159,6 +159,8 @@ def extensions() -> tuple[list[Extension], type[build_ext]]:
         launchers += [str(path) for path in sorted(CUDA.glob("*_launcher.cpp"))]
         gpu_flags = [f"-isystem{home}/include", f"-I{ROOT / CUDA}"]
         gpu_libraries = [f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
+        # No symbol of libtorch itself is wanted, which loads the one that knows CUDA's streams: keep it all the same.
+        gpu_libraries += ["-Wl,--no-as-needed", "-ltorch"]
     operators = CppExtension(
         "xformer_fast._ops",
         launchers,

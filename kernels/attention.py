@@ -26,6 +26,7 @@ from .attention_scores import (
     dropout_of_pass,
     head_terms,
     load_keys,
+    lse_in_log2,
     place_of,
     scores,
     view,
@@ -132,6 +133,10 @@ def attention_forward_kernel(
         store_tile(residual_base, residual.strides[2], start_m, length_q, error, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     lse_base = lse_ptr + (stream if terms.cu_seqlens_q is None else head).to(tl.int64) * rows_q + first_q
     tl.store(lse_base + rows, lse, mask=rows < length_q)
+    error = (row_max - lse_in_log2(lse)) + tl.log2(divisor)
+    streams = tl.num_programs(0) // blocks_m if terms.cu_seqlens_q is None else heads
+    error_base = lse_base + streams.to(tl.int64) * rows_q
+    tl.store(error_base + rows, tl.where(tl.abs(error) < float("inf"), error, 0.0), mask=rows < length_q)
 
 
 def forward(query, key, value, *terms):

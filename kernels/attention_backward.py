@@ -40,6 +40,7 @@ from .attention_scores import (
     dropout_of_pass,
     head_terms,
     load_keys,
+    lse_in_log2,
     place_of,
     score_gradient,
     scores,
@@ -54,8 +55,8 @@ GLOBAL_SHARE = 512  # queries that one program sums over for a block of global k
 
 @triton.jit
 def _query_gradient(
-    acc, slope_sum, query, grad_out, lse, delta, key_base, value_base, key_stride, value_stride, rows, blocks, length_q,
-    key_limit, shift, scale, own, left, right, batch, stream, terms,
+    acc, slope_sum, query, grad_out, lse, delta, lse_error, key_base, value_base, key_stride, value_stride, rows,
+    blocks, length_q, key_limit, shift, scale, own, left, right, batch, stream, terms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +69,7 @@ def _query_gradient(
             dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left,
             right, terms, PASS,
         )  # fmt: skip
-        weights = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        weights = tl.exp2(s - lse[:, None] - lse_error[:, None])  # [BLOCK_M, BLOCK_N]
         grad_weights = dot(grad_out, tl.trans(value))
         if terms.dropout_seed is not None:
             grad_weights = dropout_of_pass(grad_weights, rows, columns, start_n, stream, terms, BLOCK_N, False, PASS)
@@ -124,14 +125,17 @@ def attention_query_gradient_kernel(
     delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile, 1)
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + lse_offset + rows, mask=rows < length_q, other=0.0)
-    lse = tl.load(lse_ptr + lse_offset + rows, mask=rows < length_q, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    lse = lse_in_log2(tl.load(lse_ptr + lse_offset + rows, mask=rows < length_q, other=float("-inf")))
+    streams = tl.num_programs(0) // blocks_m if terms.cu_seqlens_q is None else heads
+    error_offset = lse_offset + streams.to(tl.int64) * rows_q
+    lse_error = tl.load(lse_ptr + error_offset + rows, mask=rows < length_q, other=0.0)
     statistics_base = statistics_of(statistics, batch, head, stream, first_q, terms)
     tl.store(statistics_base + rows, lse)
     tl.store(statistics_base + statistics.delta + rows, delta)
+    tl.store(statistics_base + 2 * statistics.delta + rows, lse_error)
     part = stream.to(tl.int64) * blocks_m + block
     if sink_parts is not None:
-        sink_share = tl.exp2(tl.load(terms.sinks + head) * LOG2E - lse)
+        sink_share = tl.exp2(tl.load(terms.sinks + head) * LOG2E - lse - lse_error)
         tl.store(sink_parts + part, -tl.sum(sink_share * delta, 0))
 
     query_tile = load_tile(query_base, query.strides[2], start_m, length_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -141,7 +145,7 @@ def attention_query_gradient_kernel(
     blocks = visible_blocks(start_m, last, shift, key_limit, window_left, window_right, BLOCK_N)
     for PASS in tl.static_range(2 if terms.global_keys is None else 3):
         acc, slope_sum = _query_gradient(
-            acc, slope_sum, query_tile, grad_out_tile, lse, delta, key_base, value_base, key.strides[2],
+            acc, slope_sum, query_tile, grad_out_tile, lse, delta, lse_error, key_base, value_base, key.strides[2],
             value.strides[2], rows, blocks, length_q, key_limit, shift, scale, own, window_left, window_right,
             batch, stream, terms, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, SLOPE_GRADIENT, PASS,
         )  # fmt: skip
@@ -178,12 +182,13 @@ def _key_gradient(
         lse_base = statistics_of(statistics, batch, head, stream, first_q, terms) + start_m
         lse = tl.load(lse_base + tl.arange(0, BLOCK_M))
         delta = tl.load(lse_base + statistics.delta + tl.arange(0, BLOCK_M)) if KEY else lse
+        lse_error = tl.load(lse_base + 2 * statistics.delta + tl.arange(0, BLOCK_M))
         own = head_terms(terms, batch, head)
         s, bent = scores(
             dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, own,
             left, right, terms, PASS,
         )  # fmt: skip
-        weights = tl.exp2(s - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        weights = tl.exp2(s - lse[None, :] - lse_error[None, :])  # [BLOCK_N, BLOCK_M]
         if VALUE:
             kept = dropout_of_pass(weights, rows, columns, start_n, stream, terms, BLOCK_N, True, PASS)
             grad_value = dot(kept.to(grad_out_tile.dtype), grad_out_tile, grad_value)
@@ -328,7 +333,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, residual, *options
     blocks = triton.cdiv(problem.max_rows_q, tile.block_m)
     rows = problem.rows_q + problem.batch * tile.block_m if packed else blocks * tile.block_m
     streams = problem.heads if packed else problem.batch * problem.heads
-    workspace = query.new_empty((2, streams, rows), dtype=torch.float32)
+    workspace = query.new_empty((3, streams, rows), dtype=torch.float32)
     statistics = Statistics(workspace, streams * rows, rows, tile.block_m)
     # One part a program; a block past the end of its packed sequence writes none.
     allocate = functools.partial(query.new_zeros if packed else query.new_empty, dtype=torch.float32)

@@ -43,6 +43,7 @@ def attention_decomposed_gradient_kernel(
     lse_base = statistics_of(statistics, batch, head, stream, 0, terms)
     lse = tl.load(lse_base + rows)
     delta = tl.load(lse_base + statistics.delta + rows)
+    lse_error = tl.load(lse_base + 2 * statistics.delta + rows)
     out = grad_rows + ((stream * tiles + tile).to(tl.int64) * rows_q + rows) * map_rows
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for map_row in range(0, tl.cdiv(key_limit, terms.map_columns)):
@@ -60,8 +61,8 @@ def attention_decomposed_gradient_kernel(
             key_tile = load_tile(key_base, key.strides[2], start_n, end_n, HEAD_DIM, BLOCK_N, BLOCK_D, True)
             value_tile = load_tile(value_base, value.strides[2], start_n, end_n, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             grad_scores = tile_gradient(
-                query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, end_n, length_q,
-                shift, scale, own, window_left, window_right, stream, terms, ALIGNED=False,
+                query_tile, grad_out_tile, key_tile, value_tile, lse, delta, lse_error, rows, columns, start_n, end_n,
+                length_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=False,
             )  # fmt: skip
             acc += grad_scores
             tl.store(out + map_row, tl.sum(grad_scores, 1), mask=rows < length_q)

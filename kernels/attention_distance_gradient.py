@@ -64,9 +64,10 @@ def attention_distance_gradient_kernel(
             value_tile = load_tile(value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK, BLOCK_DV, True)
             lse = tl.load(lse_base + rows)
             delta = tl.load(lse_base + statistics.delta + rows)
+            lse_error = tl.load(lse_base + 2 * statistics.delta + rows)
             acc += tile_gradient(
-                query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
-                length_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
+                query_tile, grad_out_tile, key_tile, value_tile, lse, delta, lse_error, rows, columns, start_n,
+                key_limit, length_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
             )  # fmt: skip
 
     row, k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)

@@ -69,6 +69,7 @@ def attention_mask_gradient_kernel(
             )
             lse = tl.load(lse_base + rows)
             delta = tl.load(lse_base + statistics.delta + rows)
+            lse_error = tl.load(lse_base + 2 * statistics.delta + rows)
             for block in range(begin, end):
                 start_n = block * BLOCK_N
                 columns = start_n + tl.arange(0, BLOCK_N)
@@ -77,8 +78,8 @@ def attention_mask_gradient_kernel(
                     value_base, value.strides[2], start_n, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
                 )
                 acc += tile_gradient(
-                    query_tile, grad_out_tile, key_tile, value_tile, lse, delta, rows, columns, start_n, key_limit,
-                    rows_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
+                    query_tile, grad_out_tile, key_tile, value_tile, lse, delta, lse_error, rows, columns, start_n,
+                    key_limit, rows_q, shift, scale, own, window_left, window_right, stream, terms, ALIGNED=True,
                 )  # fmt: skip
 
     mask_rows = 1 if ONE_ROW else rows_q

@@ -19,6 +19,7 @@ from .common import INTERPRET, LOG2E, architecture, block_width, dot, keep_bits,
 
 # Passes over blocks of keys: seen whole by every query, in part, global keys outside the window, in part or global.
 WHOLE, EDGE, GLOBAL, EDGE_OR_GLOBAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+LEAST = tl.constexpr(-(2.0**126))
 LENGTHS = ["rows_q", "rows_k", "max_rows_q", "max_rows_k", "window_left", "window_right"]  # never specialised on
 
 
@@ -177,8 +178,8 @@ def visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PA
 
 @triton.jit
 def tile_gradient(
-    query, grad_out, key, value, lse, delta, rows, columns, start_n, key_limit, length_q, shift, scale, own, left,
-    right, stream, terms, ALIGNED: tl.constexpr,
+    query, grad_out, key, value, lse, delta, lse_error, rows, columns, start_n, key_limit, length_q, shift, scale, own,
+    left, right, stream, terms, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dS [rows, columns] of keys from start_n on, before the soft cap, for biases. ALIGNED: start_n % 4 is 0."""
     s, _ = scores(
@@ -192,7 +193,7 @@ def tile_gradient(
         else:
             grad_weights = gathered_dropout(grad_weights, rows[:, None], columns[None, :], stream, terms)
         grad_weights *= terms.dropout_scale
-    return tl.exp2(s - lse[:, None]) * (grad_weights - delta[:, None])
+    return tl.exp2(s - lse[:, None] - lse_error[:, None]) * (grad_weights - delta[:, None])
 
 
 @triton.jit
@@ -257,7 +258,10 @@ def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left
         if terms.mask.dtype.element_ty == tl.uint8:
             s = tl.where(added != 0, s, float("-inf"))
         else:
-            s += added.to(tl.float32) * LOG2E
+            added = added.to(tl.float32)
+            # The least number of a type is not -inf: a row of nothing else weighs its keys alike. What is below -1e20 is one
+            # power of two, which lse takes to the backward and back without a rounding.
+            s += tl.where(added >= -1e20, added * LOG2E, tl.where(added == float("-inf"), added, LEAST))
     if PASS != WHOLE:
         visible = visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS)
         s = tl.where(visible, s, float("-inf"))
@@ -297,11 +301,17 @@ def dropout_of_pass(
         return dropout(values, rows, first_column, stream, terms, BLOCK_N, TRANSPOSED)
 
 
+@triton.jit
+def lse_in_log2(lse):
+    """In the units of scores, rounded alike by forward and backward; +inf for a row without keys: no weights."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
 class Statistics(NamedTuple):
-    """lse (log2 units) and delta of every query, each sequence's rows padded to whole blocks of queries."""
+    """Of every query lse (log2 units), delta, and what rounding took from lse; each sequence's rows in whole blocks."""
 
     ptr: Any
-    delta: Any  # from a row's lse to its delta
+    delta: Any  # from a row's lse to its delta, and from there to the error of lse
     stride: Any  # from a head to the next; packed sequences share a head's rows
     padding: Any  # between packed sequences
 
@@ -415,7 +425,7 @@ class Problem:
         self.group = self.heads // max(self.heads_kv, 1)
         self.head_dim, self.head_dim_v = query.shape[-1], value.shape[-1]
         self.head_dim_bucket = max(64, block_width(self.head_dim), block_width(self.head_dim_v))
-        self.lse_shape = (self.heads, self.rows_q) if packed else query.shape[:3]
+        self.lse_shape = (2, self.heads, self.rows_q) if packed else (2, *query.shape[:3])  # with what rounding took
         self.scale = scale
         self.score_scale = scale / softcap if softcap else scale * LOG2E.value
         self.top_left = causal == 2

@@ -439,10 +439,30 @@ def _visible_keys(case: Case) -> Tensor:
     mask = case.options.get("mask", case.tensors.get("mask"))
     if mask is not None:
         options["mask"] = mask if mask.dtype == torch.bool else mask != -math.inf
-    query, key = (torch.zeros(case.tensors[name].shape) for name in ("query", "key"))
-    identity = torch.eye(key.shape[0 if case.packed else 2])
+    query, key = (torch.zeros_like(case.tensors[name], dtype=torch.float32) for name in ("query", "key"))
+    identity = torch.eye(key.shape[0 if case.packed else 2], device=key.device)
     value = identity[:, None].expand(-1, key.shape[1], -1) if case.packed else identity.expand(*key.shape[:2], -1, -1)
     return formula(packed=case.packed)(query=query, key=key, value=value, **options) > 0
+
+
+def check_rows_of_least_numbers(backend: str, dtype: torch.dtype, length=40, device="cpu"):
+    """Rows masked with nothing but -1e9, or the least number of the type, as hosts do it: their keys weigh the same."""
+    generator = torch.Generator().manual_seed(0)
+    *leaves, weight = (torch.randn(1, 2, length, 16, generator=generator).to(dtype).to(device) for _ in range(4))
+    mask = torch.zeros(length, length, device=device)
+    mask[2], mask[5], mask[6, : length // 2] = torch.finfo(torch.float32).min, -1e9, -1e9
+
+    def gradients(function, dtype):
+        tensors = [*(t.detach().to(dtype).requires_grad_() for t in leaves), mask.clone().requires_grad_()]
+        out = function(query=tensors[0], key=tensors[1], value=tensors[2], mask=tensors[3])
+        return [out, *torch.autograd.grad(out, tensors, weight.to(dtype))]
+
+    with unwritten_memory_is_nan():
+        results = gradients(on_backend(backend), dtype)
+    exact, naive = (gradients(reference.attention, d) for d in (torch.float32, dtype))
+    names = "out", "grad_query", "grad_key", "grad_value", "grad_mask"
+    for name, result, wanted, formula in zip(names, results, exact, naive, strict=True):
+        check_close(result, wanted, formula, f"{backend}: {name}", dtype=dtype)
 
 
 @contextlib.contextmanager

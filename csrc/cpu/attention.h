@@ -21,6 +21,7 @@ struct Attention {
   View residual;                                          // what rounding took from out, in out's type, or nullptr
   bool exact_weights = false;                             // products with P lose no digits of it, so that residual is exact
   float* lse = nullptr;                                   // log of the softmax denominator, natural log; -inf for an empty row
+  float* lse_error = nullptr;                             // what rounding took from it, in its layout, or nullptr
   int64_t lse_batch = 0, lse_head = 0;                    // strides; rows are adjacent (varlen: offset by cu_seqlens_q)
   const void* mask = nullptr;                             // additive (float types) or boolean (true = attend)
   Element mask_element = Element::float32;

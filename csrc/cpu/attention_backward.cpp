@@ -65,6 +65,7 @@ struct Plan {
   int64_t tasks_b = 0, tasks_h = 0;  // tasks along batch and KV heads: 1 where a broadcast mask's gradient ties them
   int64_t* split_bounds = nullptr;  // (batch, splits + 1), keys
   float* neg_lse = nullptr;         // (rows); -inf for a row without keys
+  float* neg_rest = nullptr;        // (rows), what rounding took from neg_lse, in units of log2
   float* delta = nullptr;           // (rows)
   float* grad_query = nullptr;      // (parts, rows, width)
   double* grad_alibi = nullptr;     // (parts, batch, heads_q)
@@ -150,6 +151,7 @@ void row_statistics(const Plan& p, int64_t b, int64_t h, Range rows) {
       const float lse = a.lse[lse0 + i];
       const bool dead = lse == -kInfinity || lse == kInfinity;
       p.neg_lse[row0 + i] = dead ? -kInfinity : -lse;
+      p.neg_rest[row0 + i] = a.lse_error[lse0 + i] * -kLog2e;
       p.delta[row0 + i] = dead ? 0.f : dots[r] - (p.g.grad_lse ? p.g.grad_lse[lse0 + i] : 0.f);
     }
   }
@@ -172,7 +174,7 @@ class KeyBlock {
     const bool pairs = kStep<Op> == 2;
     query_scale_ = pairs ? 1.f : a_.scale;
     score_pass_ = has_score_options(a_) || (pairs && !(a_.scale > 0.f));  // else the exponent takes the scale: -inf stays
-    exponent_scale_ = pairs ? (score_pass_ ? kLog2e : a_.scale * kLog2e) : 1.f;
+    exponent_scale_ = pairs && !score_pass_ ? a_.scale : 1.f;
     key_ = arena.take<Op>(p.block_k * stage_);
     value_ = arena.take<Op>(p.block_k * stage_v_);
     key_rows_ = pairs ? arena.take<Op>(p.block_k * p.width) : key_;
@@ -184,6 +186,7 @@ class KeyBlock {
     query_ = arena.take<Op>(kBlockQ<Op> * stage_);
     grad_out_ = arena.take<Op>(kBlockQ<Op> * stage_v_);
     neg_lse_ = arena.take<float>(kBlockQ<Op>);
+    neg_rest_ = arena.take<float>(kBlockQ<Op>);
     delta_ = arena.take<float>(kBlockQ<Op>);
     const int64_t whole = kTileKeys * kBlockQ<Op>, strip = kStripKeys * kBlockQ<Op>;
     tile_.scores = arena.take<float>(pairs ? strip : whole);
@@ -302,7 +305,8 @@ class KeyBlock {
   void visit(int64_t head, int64_t q0, bool first) {
     const int64_t rows = min_of(kBlockQ<Op>, a_.len_q(b_) - q0), row0 = p_.row0(b_, head) + q0;
     for (int64_t i = 0; i < kBlockQ<Op>; ++i) {
-      neg_lse_[i] = i < rows ? p_.neg_lse[row0 + i] * (kStep<Op> == 2 ? kLog2e : 1.f) : -kInfinity;
+      neg_lse_[i] = i < rows ? p_.neg_lse[row0 + i] : -kInfinity;
+      neg_rest_[i] = i < rows ? p_.neg_rest[row0 + i] : 0.f;
       delta_[i] = i < rows ? p_.delta[row0 + i] : 0.f;
     }
     const int64_t row = a_.query_row0(b_) + q0;
@@ -404,7 +408,7 @@ class KeyBlock {
       mask_edges(a_, scores, segment);
     if (out.dropout) dropout_factor(DropoutKeep(a_, b_, head), scores, segment, keys, out.dropout);
     const bool keep_float = p_.grad_alibi || p_.grad_lag || p_.grad_map || p_.g.grad_mask;
-    softmax_gradient(out, n, at, lanes.end, exponent_scale_, neg_lse_, delta_, keep_float);
+    softmax_gradient(out, n, at, lanes.end, exponent_scale_, {neg_lse_, neg_rest_, delta_}, keep_float);
     if (!keep_float) return;
     const float* ds = out.factor ? out.factor : out.grad;
     for_each_run(keys, scores, segment, [&](const ScoreTile& run, const Segment& part, int64_t row) {
@@ -455,7 +459,7 @@ class KeyBlock {
   Op* staged_ = nullptr;                              // pairs: (queries, stage)
   Op *query_t_ = nullptr, *grad_out_t_ = nullptr;     // (head dim, queries); pairs: (head dim / 2, queries, 2)
   Op *query_ = nullptr, *grad_out_ = nullptr;         // (queries, width); pairs: (queries / 2, width, 2)
-  float *neg_lse_ = nullptr, *delta_ = nullptr;       // (queries)
+  float *neg_lse_ = nullptr, *neg_rest_ = nullptr, *delta_ = nullptr;  // (queries)
   GradientTile<Op> tile_{};
   float* map_bias_ = nullptr;  // (map rows, then columns, queries)
   size_t arena_bytes_ = 0;
@@ -526,7 +530,7 @@ void gather(const Plan& p, int64_t b, int64_t h, Range rows) {
   if (rows.begin > 0) return;
   if (p.g.grad_sinks) {
     const int64_t row0 = p.row0(b, h);
-    p.g.grad_sinks[b * a.heads_q + h] = sink_gradient(a.sinks[h], p.neg_lse + row0, p.delta + row0, a.len_q(b));
+    p.g.grad_sinks[b * a.heads_q + h] = sink_gradient(a.sinks[h], {p.neg_lse + row0, p.neg_rest + row0, p.delta + row0}, a.len_q(b));
   }
   if (p.grad_alibi) {
     double sum = 0.;
@@ -612,6 +616,7 @@ void backward(const Attention& a, const AttentionGrad& g, const Pool& pool) {
   p.parts = p.splits + (a.global_keys != nullptr);
   auto floats = [&](int64_t n) { return static_cast<float*>(pool.allocate(pool.self, size_t(n) * sizeof(float))); };
   p.neg_lse = floats(p.rows);
+  p.neg_rest = floats(p.rows);
   p.delta = floats(p.rows);
   p.grad_query = floats(p.parts * p.rows * p.width);
   if (g.grad_alibi_slopes) p.grad_alibi = reinterpret_cast<double*>(floats(2 * p.parts * a.batch * a.heads_q));

@@ -152,18 +152,23 @@ XF_INLINE void store_key(const GradientTile<bfloat16>& t, int64_t at, Vec p, Vec
 }
 #endif
 
+// Numbers of a query: minus lse, what rounding took from that (in units of log2), and delta; of one vector of them.
+struct RowNumbers { const float *neg_lse, *neg_rest, *delta; };
+struct RowVectors {
+  Vec neg_lse, neg_rest, delta;
+  XF_INLINE RowVectors(const RowNumbers& rows, int64_t lane)
+      : neg_lse(load(rows.neg_lse + lane)), neg_rest(load(rows.neg_rest + lane)), delta(load(rows.delta + lane)) {}
+};
+
 template <class Op, bool kDropout, bool kSoftcap, bool kKeepFloat>
-XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, Vec neg_lse, Vec delta, Vec& p, Vec& ds) {
-  if (kStep<Op> == 1)  // exact as long as the difference is small, however large the score
-    p = exp2((load(t.scores + at) * scale + neg_lse) * kLog2e);
-  else if (kKeepFloat)
-    p = exp2(load(t.scores + at) * scale + neg_lse);
-  else
-    p = exp2_coarse(load(t.scores + at) * scale + neg_lse);
+XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, const RowVectors& row, Vec& p, Vec& ds) {
+  const Vec difference = load(t.scores + at) * scale + row.neg_lse;  // exact if it is small, however large the score
+  const Vec exponent = difference * kLog2e + row.neg_rest;
+  p = kStep<Op> == 1 || kKeepFloat ? exp2(exponent) : exp2_coarse(exponent);
   Vec grad = load(t.grad + at);
   const Vec kept = kDropout ? load(t.dropout + at) : zero();
   if (kDropout) grad *= kept;
-  ds = p * (grad - delta);
+  ds = p * (grad - row.delta);
   if (kDropout) p *= kept;
   if (kSoftcap) {
     const Vec factor = load(t.factor + at);
@@ -176,47 +181,47 @@ XF_INLINE void gradient_of(const GradientTile<Op>& t, int64_t at, float scale, V
 
 template <class Op, bool kDropout, bool kSoftcap, bool kKeepFloat>
 XF_NOINLINE void softmax_gradient_of(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
-                                     const float* neg_lse, const float* delta) {
+                                     const RowNumbers& rows) {
   constexpr int64_t ld = kBlockQ<Op>;
   const auto gradient = gradient_of<Op, kDropout, kSoftcap, kKeepFloat>;
   int64_t j = 0;
   for (; j + 2 <= keys; j += 2)
     for (int64_t l = lane0; l < lane1; l += kLanes) {
-      const Vec n = load(neg_lse + l), d = load(delta + l);
+      const RowVectors row(rows, l);
       Vec p[2], ds[2];
-      gradient(t, j * ld + l, scale, n, d, p[0], ds[0]);
-      gradient(t, j * ld + ld + l, scale, n, d, p[1], ds[1]);
+      gradient(t, j * ld + l, scale, row, p[0], ds[0]);
+      gradient(t, j * ld + ld + l, scale, row, p[1], ds[1]);
       store_two_keys(t, j * ld + l, ld, p, ds);
     }
   if (j < keys)
     for (int64_t l = lane0; l < lane1; l += kLanes) {
       Vec p, ds;
-      gradient(t, j * ld + l, scale, load(neg_lse + l), load(delta + l), p, ds);
+      gradient(t, j * ld + l, scale, RowVectors(rows, l), p, ds);
       store_key(t, j * ld + l, p, ds);
     }
 }
 
-// P = exp(scores * scale + neg_lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For
-// bfloat16 the exponential is one of 2: scale and neg_lse come multiplied by log2(e). keep_float: dS is kept in float32
-// for sums over many scores, which cancel, so that the coarse exponential would show.
+// P = exp(scores * scale - lse) and dS = P * (dP - delta), with dropout and softcap if the tile has them. For
+// bfloat16 pairs, keep_float: dS is kept in float32 for sums over many scores, which cancel, so that the coarse exponential
+// would show.
 template <class Op, bool kDropout, bool kSoftcap>
 XF_INLINE void softmax_gradient_with(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
-                                     const float* neg_lse, const float* delta, bool keep_float) {
+                                     const RowNumbers& rows, bool keep_float) {
   if (keep_float && kStep<Op> == 2)
-    return softmax_gradient_of<Op, kDropout, kSoftcap, true>(t, keys, lane0, lane1, scale, neg_lse, delta);
-  softmax_gradient_of<Op, kDropout, kSoftcap, false>(t, keys, lane0, lane1, scale, neg_lse, delta);
+    return softmax_gradient_of<Op, kDropout, kSoftcap, true>(t, keys, lane0, lane1, scale, rows);
+  softmax_gradient_of<Op, kDropout, kSoftcap, false>(t, keys, lane0, lane1, scale, rows);
 }
 template <class Op>
 void softmax_gradient(const GradientTile<Op>& t, int64_t keys, int64_t lane0, int64_t lane1, float scale,
-                      const float* neg_lse, const float* delta, bool keep_float) {
+                      const RowNumbers& rows, bool keep_float) {
   if (t.dropout && t.factor)
-    softmax_gradient_with<Op, true, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, true, true>(t, keys, lane0, lane1, scale, rows, keep_float);
   else if (t.dropout)
-    softmax_gradient_with<Op, true, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, true, false>(t, keys, lane0, lane1, scale, rows, keep_float);
   else if (t.factor)
-    softmax_gradient_with<Op, false, true>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, false, true>(t, keys, lane0, lane1, scale, rows, keep_float);
   else
-    softmax_gradient_with<Op, false, false>(t, keys, lane0, lane1, scale, neg_lse, delta, keep_float);
+    softmax_gradient_with<Op, false, false>(t, keys, lane0, lane1, scale, rows, keep_float);
 }
 
 // factor = 1 - (s / softcap)^2 of capped scores.
@@ -346,12 +351,13 @@ XF_NOINLINE void store_map_gradient(const float* sums, int64_t block, int64_t ro
 }
 
 // -sum_i exp(sink - lse_i) * delta_i; the sink takes part in lse, so that the exponent is never above 0.
-XF_NOINLINE float sink_gradient(float sink, const float* neg_lse, const float* delta, int64_t rows) {
+XF_NOINLINE float sink_gradient(float sink, const RowNumbers& numbers, int64_t rows) {
   double sum = 0.;
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int n = int(min_of(kLanes, rows - i));
-    const Vec p = exp2(minimum(load(neg_lse + i, n) + sink, zero()) * kLog2e);
-    sum += double(reduce_add(p * load(delta + i, n)));
+    const Vec difference = minimum(load(numbers.neg_lse + i, n) + sink, zero());
+    const Vec p = exp2(difference * kLog2e + load(numbers.neg_rest + i, n));
+    sum += double(reduce_add(p * load(numbers.delta + i, n)));
   }
   return float(-sum);
 }

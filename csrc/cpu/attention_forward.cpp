@@ -361,7 +361,9 @@ void finish_tile(const Plan& plan, QueryTile& q, int64_t b) {
     store(factor + v * kLanes, sum == 0.f ? zero() : ratio * keep / sum);
     if (lse) {
       const int n = int(min_of(kLanes, q.queries - v * kLanes));
-      store(lse + v * kLanes, max + log(exact), n);
+      const Vec rest = log(exact), rounded = max + rest;
+      store(lse + v * kLanes, rounded, n);
+      if (a.lse_error) store(lse + (a.lse_error - a.lse) + v * kLanes, lse_error(max, rest, rounded), n);
     }
   }
   store_transposed(q.out, q.vectors * kLanes, q.queries, a.head_dim_v, factor, rows_of<T>(a, a.out, b, q), a.out.row);

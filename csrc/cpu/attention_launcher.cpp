@@ -158,7 +158,8 @@ struct Prepared {
   void set_results(const Tensor& out, const Tensor& lse) {
     a.out = view_of(out);
     a.lse = static_cast<float*>(lse.data_ptr());
-    a.lse_batch = lse.dim() == 2 ? 0 : lse.stride(0);
+    a.lse_error = a.lse + lse.stride(0);
+    a.lse_batch = lse.dim() == 3 ? 0 : lse.stride(1);
     a.lse_head = lse.stride(lse.dim() - 2);
   }
 
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
               global_keys, rel_h, rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
-                   ? empty_floats(query, {query.size(1), query.size(0)})
-                   : empty_floats(query, {query.size(0), query.size(1), query.size(2)});
+                   ? empty_floats(query, {2, query.size(1), query.size(0)})
+                   : empty_floats(query, {2, query.size(0), query.size(1), query.size(2)});
   save_residual = save_residual && query.scalar_type() != ScalarType::Float;
   Tensor residual = save_residual ? empty_in_order_of(query, p.a.head_dim_v) : empty_as(query, {0});
   if (lse.numel() > 0) {
@@ -281,7 +282,7 @@ Options plain_options(double scale, int64_t causal) {
 std::tuple<Tensor, Tensor> plain_forward(Tensor query, Tensor key, Tensor value, double scale, int64_t causal) {
   Prepared p(query, key, value, plain_options(scale, causal));
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
-  Tensor lse = empty_floats(query, {p.a.batch, p.a.heads_q, p.a.seqlen_q});
+  Tensor lse = empty_floats(query, {2, p.a.batch, p.a.heads_q, p.a.seqlen_q});
   if (lse.numel() > 0) {
     p.set_results(out, lse);
     Call call(p.work());

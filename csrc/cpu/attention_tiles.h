@@ -301,6 +301,13 @@ XF_NOINLINE void pack_transposed(const T* in, int64_t stride, int64_t rows, int6
   }
 }
 
+// What rounding took from max + rest; 0 where nothing is finite. Past 2^24 times log(sum) it is all of it, and without it the
+// backward would know the weights of such a row only up to a factor.
+XF_INLINE Vec lse_error(Vec max, Vec rest, Vec rounded) {
+  const Vec error = (max - rounded) + rest;
+  return error - error == 0.f ? error : zero();
+}
+
 // What rounding to T takes from v.
 template <class T>
 XF_INLINE Vec rounding_error(Vec v) {

@@ -564,7 +564,12 @@ void finish_row(const Plan& plan, const Share& share, int64_t r, const float* ou
   int64_t c = 0;
   for (; c + kLanes <= a.head_dim_v; c += kLanes) store(result + c, load(out + c) * factor);
   if (c < a.head_dim_v) store(result + c, load(out + c) * factor, int(a.head_dim_v - c));
-  if (a.lse) a.lse[share.batch * a.lse_batch + row.head * a.lse_head + row.query] = max + log(broadcast(sum))[0];
+  if (a.lse) {
+    const int64_t at = share.batch * a.lse_batch + row.head * a.lse_head + row.query;
+    const Vec rest = log(broadcast(sum)), rounded = max + rest;
+    a.lse[at] = rounded[0];
+    if (a.lse_error) a.lse_error[at] = lse_error(broadcast(max), rest, rounded)[0];
+  }
 }
 
 // Merges the tasks of a unit, in the order of their keys.

@@ -134,12 +134,12 @@ inline std::vector<int64_t> integers(const Tensor& t, const char* name) {
   return values;
 }
 
-// As torch::stable::new_empty, through the unboxed entry of torch's C interface: small tensors cost a call, and no more.
+// On the device of `like`. As torch::stable::new_empty, through the unboxed entry of torch's C interface: small tensors cost a call, and no more.
 inline Tensor empty_of(int32_t dtype, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  int32_t strided = aoti_torch_layout_strided(), cpu = aoti_torch_device_type_cpu();
+  int32_t strided = aoti_torch_layout_strided();
   AtenTensorHandle result;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
-                                                          &strided, &cpu, 0, nullptr, &result));
+                                                          &strided, nullptr, 0, nullptr, &result));
   return Tensor(result);
 }
 

@@ -14,9 +14,10 @@ struct CudaAttention : Attention {
 };
 
 // Numbers a query that the first kernel of a backward leaves to the others: lse in units of log2, +infinity where every
-// weight is zero, and delta = dO·O - dlse. Every sequence's rows are padded, and begin at a multiple of 16 bytes.
+// weight is zero, what rounding took from it, and delta = dO·O - dlse. Every sequence's rows are padded, and begin at a multiple of 16 bytes.
 struct Statistics {
   float* lse;
+  float* rest;
   float* delta;
   int64_t head;  // from one head (packed), or one (batch, head), to the next
 };

@@ -57,7 +57,7 @@ struct Gradients {
     const int own = 16 * warp_index();
     const int64_t offset = statistics_offset(a, grad.statistics, sequence, batch, head);
     RowStatistics<1> statistics;
-    statistics.load(grad.statistics.lse + offset, grad.statistics.delta + offset, query0 + own);
+    statistics.load(grad.statistics, offset + query0 + own);
     wait_for_copies<0>();
     __syncthreads();
     Sums<1, Shape::kKeys> weights, grad_scores;
@@ -67,7 +67,7 @@ struct Gradients {
     add_product(grad_scores, grad_out_tile, own, value_tile);
     score_gradients<Orientation::kQueriesByKeys, true>(
         weights, grad_scores, Scores(a, sequence, batch, head), Dropout(a, batch, head), query0 + own, key0, false, false,
-        [&](int m, int, int e) { return statistics.lse[m][e / 2]; }, [&](int m, int, int e) { return statistics.delta[m][e / 2]; },
+        [&](int m, int, int e) { return statistics.of(m, e); },
         [](float, int) {});
 #pragma unroll
     for (int j = 0; j < Shape::kKeys / 8; ++j)

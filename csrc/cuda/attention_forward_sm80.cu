@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward_kernel(c
   }
   wait_for_copies<0>();
 
-  float* lse = lse_of(a, a.lse, sequence, batch, head);
+  float *lse = lse_of(a, a.lse, sequence, batch, head), *lse_error = lse_of(a, a.lse_error, sequence, batch, head);
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward_kernel(c
       const float sum = row_sum(softmax.sum[m][r]), divisor = sum == 0.f ? 1.f : sum;
       const int row = first + 16 * m + lane_index() / 4 + 8 * r;
       if (part == 0 && lane_index() % 4 == 0 && row < sequence.length_q)
-        lse[row] = sum == 0.f ? -XF_INFINITY : softmax.max[m][r] * kLn2 + logf(divisor);
+        store_lse(sum == 0.f, softmax.max[m][r], divisor, lse + row, lse_error + row);
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll

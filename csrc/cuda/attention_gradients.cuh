@@ -8,14 +8,16 @@
 
 namespace xformer_fast {
 
+struct RowNumbers { float lse, rest, delta; };  // of a query
+
 enum class Orientation { kQueriesByKeys, kKeysByQueries };
 
 // products: q·k in, P (before dropout's rescaling) out. grads: dO·v in, dS out, through the soft cap if `through_cap`.
-// lse(m, j, e), delta(m, j, e): of a sum's query. each(dS, distance) sees every dS before the cap.
-template <Orientation kOrientation, bool kOptions, int M, int N, class Lse, class Delta, class Each>
+// row(m, j, e): numbers of a sum's query. each(dS, distance) sees every dS before the cap.
+template <Orientation kOrientation, bool kOptions, int M, int N, class Row, class Each>
 __device__ __forceinline__ void score_gradients(Sums<M, N>& products, Sums<M, N>& grads, const Scores& terms,
                                                 const Dropout& dropout, int query0, int key0, bool whole, bool through_cap,
-                                                Lse lse, Delta delta, Each each) {
+                                                Row row_at, Each each) {
   constexpr bool kByKeys = kOrientation == Orientation::kQueriesByKeys;
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
@@ -31,10 +33,11 @@ __device__ __forceinline__ void score_gradients(Sums<M, N>& products, Sums<M, N>
         const int query = query0 + (kByKeys ? row : column), key = key0 + (kByKeys ? column : row);
         const float product = products.of[m][j][e];
         const float s = kOptions ? terms.full(product, query, key) : terms.plain(product, query, key, whole);
-        const float p = exp2_fast(s - lse(m, j, e));
+        const RowNumbers numbers = row_at(m, j, e);
+        const float p = exp2_fast(s - numbers.lse - numbers.rest);
         const bool kept = keep >> e & 1;
         const float dp = kOptions ? (kept ? grads.of[m][j][e] * dropout.rescale : 0.f) : grads.of[m][j][e];
-        float ds = p * (dp - delta(m, j, e));
+        float ds = p * (dp - numbers.delta);
         each(ds, key - query - terms.shift);
         if (kOptions && through_cap && terms.cap != 0.f) {
           const float bent = terms.bent(product);
@@ -46,20 +49,22 @@ __device__ __forceinline__ void score_gradients(Sums<M, N>& products, Sums<M, N>
     }
 }
 
-// A lane's lse and delta of the rows that it holds, where rows are queries.
+// A lane's numbers of the rows that it holds, where rows are queries.
 template <int M>
 struct RowStatistics {
-  float lse[M][2], delta[M][2];
+  float lse[M][2], rest[M][2], delta[M][2];
 
+  __device__ __forceinline__ RowNumbers of(int m, int e) const { return {lse[m][e / 2], rest[m][e / 2], delta[m][e / 2]}; }
   // From what the query gradient has left.
-  __device__ __forceinline__ void load(const float* lse_rows, const float* delta_rows, int first) {
+  __device__ __forceinline__ void load(const Statistics& rows, int64_t first) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = first + 16 * m + lane_index() / 4 + 8 * r;
-        lse[m][r] = lse_rows[row];
-        delta[m][r] = delta_rows[row];
+        const int64_t row = first + 16 * m + lane_index() / 4 + 8 * r;
+        lse[m][r] = rows.lse[row];
+        rest[m][r] = rows.rest[row];
+        delta[m][r] = rows.delta[row];
       }
   }
 };

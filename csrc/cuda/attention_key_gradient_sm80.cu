@@ -20,7 +20,7 @@ struct Shape {
   static constexpr int kThreads = 32 * kWarps, kKeys = 16 * kM * kWarps / kParts, kColumns = kWidth / kParts;
   using QueryTile = Tile<T, kQueries, kWidth>;
   using KeyTile = Tile<T, kKeys, kWidth>;
-  static constexpr int kStatisticsBytes = 2 * kQueries * 4;
+  static constexpr int kStatisticsBytes = 3 * kQueries * 4;
   static constexpr int kSharedBytes = 2 * KeyTile::kBytes + kStages * (2 * QueryTile::kBytes + kStatisticsBytes);
 };
 
@@ -60,8 +60,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     copy_tile<Shape::kThreads>(grad_out_tile(stage), grad_out, query0, sequence.length_q);
     const int64_t offset = statistics_offset(a, grad.statistics, sequence, batch, head) + query0;
     const int i = threadIdx.x;
-    if (i < kQueries / 4) copy_16_bytes(statistics_at(stage) + 16 * i, grad.statistics.lse + offset + 4 * i, 16);
-    else if (i < kQueries / 2) copy_16_bytes(statistics_at(stage) + 16 * i, grad.statistics.delta + offset + 4 * i - kQueries, 16);
+    const auto copy = [&](int number, const float* rows) {
+      copy_16_bytes(statistics_at(stage) + 16 * i, rows + offset + 4 * i - number * kQueries, 16);
+    };
+    if (i < kQueries / 4) copy(0, grad.statistics.lse);
+    else if (i < kQueries / 2) copy(1, grad.statistics.rest);
+    else if (i < kQueries / 4 * 3) copy(2, grad.statistics.delta);
   };
   copy_tile<Shape::kThreads>(key_tile, key, start, sequence.key_limit);
   copy_tile<Shape::kThreads>(value_tile, value, start, sequence.key_limit);
@@ -86,11 +90,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     grad_scores.clear();
     add_product(weights, key_tile, own, query_tile(stage));
     if (kKey) add_product(grad_scores, value_tile, own, grad_out_tile(stage));
-    const uint32_t lse = statistics_at(stage) + lane_index() % 4 * 8, delta = lse + 4 * kQueries;
+    const uint32_t numbers = statistics_at(stage) + lane_index() % 4 * 8;
     score_gradients<Orientation::kKeysByQueries, kOptions>(
         weights, grad_scores, terms, dropout, block * kQueries, first, visible.whole(block), true,
-        [&](int, int j, int e) { return __uint_as_float(load_shared(lse + 32 * j + 4 * (e % 2))); },
-        [&](int, int j, int e) { return __uint_as_float(load_shared(delta + 32 * j + 4 * (e % 2))); }, [](float, int) {});
+        [&](int, int j, int e) {
+          const auto number = [&](int n) { return __uint_as_float(load_shared(numbers + 4 * kQueries * n + 32 * j + 4 * (e % 2))); };
+          return RowNumbers{number(0), number(1), kKey ? number(2) : 0.f};
+        },
+        [](float, int) {});
     if constexpr (kValue) add_weighted_rows(grad_value, weights, grad_out_tile(stage), column);
     if constexpr (kKey) add_weighted_rows(grad_key, grad_scores, query_tile(stage), column);
     if (kStages == 1) {

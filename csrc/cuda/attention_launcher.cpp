@@ -87,7 +87,8 @@ class Prepared {
     a.out = call.view(out);
     if (residual.numel() > 0) a.residual = call.view(residual);
     a.lse = call.data<float>(lse);
-    a.lse_batch = lse.dim() == 2 ? 0 : lse.stride(0);
+    a.lse_error = a.lse + lse.stride(0);
+    a.lse_batch = lse.dim() == 3 ? 0 : lse.stride(1);
     a.lse_head = lse.stride(lse.dim() - 2);
   }
 
@@ -112,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
               rel_w, max_seqlen_q, max_seqlen_k, scale, softcap, dropout_p, causal, window_left, window_right});
   Tensor out = empty_in_order_of(query, p.a.head_dim_v);
   Tensor lse = query.dim() == 3
-                   ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
-                   : torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+                   ? torch::stable::new_empty(query, {2, query.size(1), query.size(0)}, ScalarType::Float)
+                   : torch::stable::new_empty(query, {2, query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   save_residual = save_residual && query.scalar_type() != ScalarType::Float;
   Tensor residual = save_residual ? empty_in_order_of(query, p.a.head_dim_v) : torch::stable::new_empty(query, {0});
   if (lse.numel() > 0) {
@@ -165,9 +166,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.grad_value = call.view(d_value);
 
   const int64_t rows = statistics_rows(a), streams = a.cu_seqlens_q ? a.heads_q : a.batch * a.heads_q;
-  const Tensor statistics = new_empty(query, {2, streams, rows}, ScalarType::Float);
+  const Tensor statistics = new_empty(query, {3, streams, rows}, ScalarType::Float);
   g.statistics.lse = call.data<float>(statistics);
-  g.statistics.delta = g.statistics.lse + streams * rows;
+  g.statistics.rest = g.statistics.lse + streams * rows;
+  g.statistics.delta = g.statistics.rest + streams * rows;
   g.statistics.head = rows;
   const std::vector<int64_t> shares_shape{a.batch, a.heads_q, attention_query_blocks(a)};
   const Tensor slope_shares = need_alibi_grad ? new_zeros(query, shares_shape, ScalarType::Float) : none();

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const auto out = rows_of<const T>(a.out, batch, head, sequence.first_q, a.head_dim_v);
     const auto residual = rows_of<const T>(a.residual, batch, head, sequence.first_q, a.head_dim_v);
     const float* lse = lse_of(a, a.lse, sequence, batch, head);
+    const float* lse_error = lse_of(a, a.lse_error, sequence, batch, head);
     const float* grad_lse = grad.grad_lse ? lse_of(a, const_cast<float*>(grad.grad_lse), sequence, batch, head) : nullptr;
     const int64_t offset = statistics_offset(a, grad.statistics, sequence, batch, head);
     const float sink = a.sinks ? a.sinks[head] * kLog2E : -XF_INFINITY;
@@ -92,20 +93,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = first + 16 * m + lane_index() / 4 + 8 * r;
-        float delta = 0.f, log_sum = XF_INFINITY;
+        float delta = 0.f, log_sum = XF_INFINITY, rest = 0.f;
         if (row < sequence.length_q) {
           delta = partial_dot(grad_out, out, row);
           if (a.residual.data) delta += partial_dot(grad_out, residual, row);
-          if (lse[row] != -XF_INFINITY) log_sum = lse[row] * kLog2E;
+          if (lse[row] != -XF_INFINITY) log_sum = __fmul_rn(lse[row], kLog2E);
+          rest = lse_error[row];
         }
         delta = row_sum(delta);
         if (grad_lse && row < sequence.length_q) delta -= grad_lse[row];
         statistics.lse[m][r] = log_sum;
+        statistics.rest[m][r] = rest;
         statistics.delta[m][r] = delta;
         if (part == 0 && lane_index() % 4 == 0) {
           grad.statistics.lse[offset + row] = log_sum;
+          grad.statistics.rest[offset + row] = rest;
           grad.statistics.delta[offset + row] = delta;
-          sink_share -= exp2_fast(sink - log_sum) * delta;
+          sink_share -= exp2_fast(sink - log_sum - rest) * delta;
         }
       }
   }
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     add_product(grad_scores, grad_out_tile, own, value_tile(stage));
     score_gradients<Orientation::kQueriesByKeys, kOptions>(
         weights, grad_scores, terms, dropout, first, key0, visible.whole(block), true,
-        [&](int m, int, int e) { return statistics.lse[m][e / 2]; }, [&](int m, int, int e) { return statistics.delta[m][e / 2]; },
+        [&](int m, int, int e) { return statistics.of(m, e); },
         [&](float ds, int distance) { if (kOptions) slope_share -= ds * fabsf(static_cast<float>(distance)); });
     add_weighted_rows(grad_query, grad_scores, key_tile(stage), column);
     if (kStages == 1) {

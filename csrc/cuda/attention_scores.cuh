@@ -41,6 +41,13 @@ __device__ __forceinline__ Rows<T> rows_of(const View& view, int batch, int head
   return Rows<T>(data, view.row, width);
 }
 
+// lse of a row, and what rounding took from it in the units that the backward counts in: log2, where it is lse * kLog2E, rounded.
+__device__ __forceinline__ void store_lse(bool empty, float max, float sum, float* lse, float* error) {
+  const float rounded = max * kLn2 + logf(sum), rest = (max - __fmul_rn(rounded, kLog2E)) + log2f(sum);
+  *lse = empty ? -XF_INFINITY : rounded;
+  *error = !empty && fabsf(rest) < XF_INFINITY ? rest : 0.f;
+}
+
 __device__ __forceinline__ float* lse_of(const CudaAttention& a, float* lse, const Sequence& s, int batch, int head) {
   return lse + batch * a.lse_batch + head * a.lse_head + s.first_q;
 }
@@ -122,12 +129,15 @@ __device__ __forceinline__ float Scores::full(float product, int query, int key)
   const int distance = key - query - shift;
   s -= slope * fabsf(static_cast<float>(distance));
   if (bias) s += bias[distance] * kLog2E;
+  // The least number of a type is not -infinity: a row of nothing else weighs its keys alike. What is below -1e20 is one power of
+  // two, which lse takes to the backward and back without a rounding.
+  const auto added = [&](float x) { return s + (x >= -1e20f ? x * kLog2E : x == -XF_INFINITY ? x : -0x1p126f); };
   if (mask) {
     const char* at = mask + (query * mask_q + key * mask_k) * mask_bytes();
     switch (mask_element) {
-      case Element::float32: return s + *reinterpret_cast<const float*>(at) * kLog2E;
-      case Element::bfloat16: return s + to_float(*reinterpret_cast<const bf16*>(at)) * kLog2E;
-      case Element::float16: return s + to_float(*reinterpret_cast<const half*>(at)) * kLog2E;
+      case Element::float32: return added(*reinterpret_cast<const float*>(at));
+      case Element::bfloat16: return added(to_float(*reinterpret_cast<const bf16*>(at)));
+      case Element::float16: return added(to_float(*reinterpret_cast<const half*>(at)));
       case Element::boolean: return *at ? s : -XF_INFINITY;
     }
   }

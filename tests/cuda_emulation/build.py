@@ -40,17 +40,21 @@ def build() -> Path:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     launchers = " ".join([EMULATED, *(f"-isystem {path}" for path in include_paths()), STABLE_ABI])
-    sources = [(path, EMULATED) for path in sorted(HERE.glob("*.cpp"))]
+    sources = _device()
     sources += [(path, f"{EMULATED} {WATCHED}") for path in sorted(KERNELS.glob("*.cu"))]
-    sources += [(path, launchers) for path in sorted(KERNELS.glob("*_launcher.cpp"))]
+    sources += [(path, launchers) for folder in (KERNELS, HERE) for path in sorted(folder.glob("*_launcher.cpp"))]
     return _link(sources, LIBRARY, [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"])
 
 
 def build_planted() -> Path:
     """The library of the faulty kernels and a device of their own."""
-    sources = [(path, EMULATED) for path in sorted(HERE.glob("*.cpp"))]
+    sources = _device()
     sources += [(path, f"{EMULATED} {WATCHED}") for path in sorted((HERE / "planted").glob("*.cu"))]
     return _link(sources, FOLDER / "libplanted.so", [])
+
+
+def _device() -> list[tuple[Path, str]]:
+    return [(path, EMULATED) for path in sorted(HERE.glob("*.cpp")) if not path.stem.endswith("_launcher")]
 
 
 def _link(sources: list[tuple[Path, str]], library: Path, libraries: list[str]) -> Path:

@@ -5,6 +5,7 @@ import torch
 from attention_cases import (
     arrange,
     check,
+    check_rows_of_least_numbers,
     draw,
     evaluate,
     on_backend,
@@ -521,6 +522,24 @@ def test_torch_signature_float32_mask_beside_bfloat16():
     q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16().unbind()
     out = xformer_fast.scaled_dot_product_attention(q, k, v, attn_mask=torch.randn(9, 9))
     assert out.dtype == torch.bfloat16
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [12, 40])  # of which the shorter is attended as decoding is
+def test_rows_of_least_numbers(dtype, length, monkeypatch):
+    for isa in ISAS:
+        monkeypatch.setenv("XFORMER_FAST_ISA", isa)
+        check_rows_of_least_numbers("cpu", dtype, length)
+
+
+@needs_kernels
+def test_large_scores_without_options():
+    """Of equal keys each has its share of the weight, in the backward too, however large the scores."""
+    query, key = torch.full((1, 1, 20, 1), 1e5), torch.ones(1, 1, 4, 1)
+    value = torch.randn(1, 1, 4, 1, requires_grad=True)
+    xformer_fast.attention(query, key, value, scale=1.0).sum().backward()
+    torch.testing.assert_close(value.grad, torch.full((1, 1, 4, 1), 5.0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 9, 8), (9, 8)], ids=str)

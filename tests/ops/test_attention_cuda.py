@@ -8,7 +8,16 @@ import math
 
 import pytest
 import torch
-from attention_cases import OPTIONS, check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+from attention_cases import (
+    OPTIONS,
+    check,
+    check_rows_of_least_numbers,
+    draw,
+    evaluate,
+    on_backend,
+    truth_and_naive,
+    unwritten_memory_is_nan,
+)
 
 import xformer_fast
 from xformer_fast import dispatch, reference
@@ -214,3 +223,15 @@ def test_wrong_lengths_stay_in_memory():
     )
     torch.testing.assert_close(out, expected)
     assert lse[:, 20:].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_least_numbers(dtype):
+    check_rows_of_least_numbers("cuda", dtype)
+
+
+def test_results_are_on_the_device_of_the_inputs():
+    """Asked of the meta device: the emulated one is the CPU."""
+    for like in (torch.empty(1, 2, 3, 4, device="meta"), torch.empty(1, 3, 2, 4, device="meta").transpose(1, 2)):
+        for result in torch.ops.xformer_fast_emulation.results_like(like, 4):
+            assert result.device.type == "meta"

@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import OPTIONS, check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+from attention_cases import (
+    OPTIONS,
+    check,
+    check_rows_of_least_numbers,
+    draw,
+    evaluate,
+    on_backend,
+    truth_and_naive,
+    unwritten_memory_is_nan,
+)
 
 import xformer_fast
 from xformer_fast import dispatch, reference
@@ -266,3 +275,8 @@ def test_lengths_out_of_range_stay_in_memory(backend):
     out = xformer_fast.attention(*tensors, key_lengths=lengths, backend=backend)
     clamped = xformer_fast.attention(*tensors, key_lengths=lengths.clamp(0, 50), backend=backend)
     assert torch.equal(out, clamped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_least_numbers(backend, dtype):
+    check_rows_of_least_numbers(backend, dtype, device=DEVICE)

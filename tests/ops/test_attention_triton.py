@@ -10,7 +10,16 @@ import os
 
 import pytest
 import torch
-from attention_cases import OPTIONS, check, draw, evaluate, on_backend, truth_and_naive, unwritten_memory_is_nan
+from attention_cases import (
+    OPTIONS,
+    check,
+    check_rows_of_least_numbers,
+    draw,
+    evaluate,
+    on_backend,
+    truth_and_naive,
+    unwritten_memory_is_nan,
+)
 
 import xformer_fast
 from xformer_fast import reference
@@ -171,3 +180,8 @@ def test_the_same_call_gives_the_same_bits():
         torch.autograd.grad(attention(*tensors, mask=mask).square().sum(), [*tensors, mask]) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_least_numbers(dtype):
+    check_rows_of_least_numbers("triton", dtype)

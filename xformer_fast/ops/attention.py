@@ -129,7 +129,7 @@ def attention(
         is sinks is softcap is None and type(dropout_p) in (float, int) and dropout_p == 0
     )  # fmt: skip
     if plain and backend is None and (result := _run_as_before(query, key, value, causal, scale)) is not None:
-        return result if return_lse else result[0]
+        return (result[0], result[1][0]) if return_lse else result[0]
     call = _dense_call(
         query, key, value, mask, causal, window, global_keys, key_lengths, rope, alibi_slopes, relative_bias,
         decomposed_bias, sinks, scale, softcap, dropout_p, return_lse,
@@ -391,7 +391,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             if call.by_default:
                 _remember(call, kernels.plain)
             out, lse = _run_plain(kernels.plain, query, key, value, scale, causal)
-            return (out, lse) if call.return_lse else out
+            return (out, lse[0]) if call.return_lse else out
         if call.rope is not None:
             if call.cu_seqlens_q is None:
                 query, key = call.rope.rotate(query, key, top_left=top_left)
@@ -445,7 +445,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             out, lse, _ = kernels.forward(*arguments)
         else:
             out, lse, _ = _run_eagerly(kernels, arguments, sums or _any_requires_grad((query, key, value)))
-        return (out, lse) if call.return_lse else out
+        return (out, lse[0]) if call.return_lse else out
 
     return run
 

@@ -1,11 +1,17 @@
 """What torch has to know about an attention operator: fake (meta) results, autograd, autocast.
 
 Every kernel backend registers the same pair, `xformer_fast::attention_<backend>` and `…_backward`, with one schema;
-each direction of a call crosses exactly one of them. The forward returns out, lse, and the residual: what rounding took
-from a half-precision out, wanted (save_residual) where the backward's row sums dO·out cancel against other terms: under
-dropout, with sinks, and, there with weights that are not rounded either (exact_weights), for gradients that are sums of
-many dS. A registered gradient of the backward makes double backward work
-in eager mode: it recomputes through the reference formula.
+each direction of a call crosses exactly one of them. The forward returns
+
+- out;
+- lse and, behind it along a first axis, what rounding took from it: without that the backward would know the weights of
+  a row whose scores are all large (a mask of -1e9) only up to a factor;
+- the residual: what rounding took from a half-precision out, wanted (save_residual) where the backward's row sums
+  dO·out cancel against other terms: under dropout, with sinks, and, there with weights that are not rounded either
+  (exact_weights), for gradients that are sums of many dS.
+
+A registered gradient of the backward makes double backward work in eager mode: it recomputes through the reference
+formula.
 
 `xformer_fast::attention_<backend>_plain` and `…_plain_backward`, where a backend has them, are the same pair for eager
 calls without options: at the smallest shapes, arguments and results that say nothing cost as much as the work.
@@ -79,6 +85,7 @@ def register(backend: str) -> Operator:
 
     def first_order(ctx, grad_out, grad_lse, _):
         query, key, value, out, lse, residual, *auxiliary = ctx.saved_tensors
+        grad_lse = None if grad_lse is None else grad_lse[0]
         needs = [ctx.needs_input_grad[i] for i in (3, 7, 8, 9)]
         needs.append(ctx.needs_input_grad[12] or ctx.needs_input_grad[13])
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -128,6 +135,7 @@ def _register_plain(backend: str, run_backward: Callable) -> PlainOperator | Non
     def first_order(ctx, grad_out, grad_lse):
         query, key, value, out, lse = ctx.saved_tensors
         scale, causal = ctx.numbers
+        grad_lse = None if grad_lse is None else grad_lse[0]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         gradients = grad_out, grad_lse, query, key, value, out, lse
         if _is_first_order():
@@ -167,7 +175,7 @@ def _is_first_order() -> bool:
 
 
 def _plain_fake(query, key, value, scale, causal):
-    return in_order_of(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return in_order_of(query, value.shape[-1]), query.new_empty((2, *query.shape[:-1]), dtype=torch.float32)
 
 
 def _plain_backward_fake(grad_out, grad_lse, query, key, value, out, lse, scale, causal):
@@ -196,7 +204,7 @@ def empty_residual(query: Tensor, last, wanted: bool) -> Tensor:
 
 def _forward_fake(query, key, value, *options):
     rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    lse = query.new_empty(rows, dtype=torch.float32)
+    lse = query.new_empty((2, *rows), dtype=torch.float32)
     return in_order_of(query, value.shape[-1]), lse, empty_residual(query, value.shape[-1], options[-2])
 
 
