@@ -161,6 +161,7 @@ def kv_cache_append_kernel(
         return
     channels, channels_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = _row_of_key(block_table, place, batch, table_row, pages, key_cache.strides[0], key_cache.strides[2], PAGE)
+    head, token = head.to(tl.int64), token.to(tl.int64)
     source = batch.to(tl.int64) * new_key.strides[0] + head * new_key.strides[1] + token * new_key.strides[2]
     row = tl.load(new_key.ptr + source + channels, mask=channels < HEAD_DIM)
     tl.store(key_cache.ptr + rows + head * key_cache.strides[1] + channels, row, mask=channels < HEAD_DIM)

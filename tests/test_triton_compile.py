@@ -86,6 +86,7 @@ def rows_of(config: Config) -> list[dict]:
 
 def check(config: Config, rows: list[dict]):
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         spilled = row["STACK"] + row["LOCAL"]
         assert spilled == 0, f"{config}: {row['kernel']} has {spilled} bytes of stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
@@ -123,6 +124,7 @@ def test_every_term_compiles(config):
     rows = rows_of(config)
     assert len(rows) == (7 if config.terms == "all" else 3)
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 
 

@@ -71,6 +71,7 @@ def test_compiles_without_spills(config):
     names = ["kv_cache_append_kernel", "decode_split_kernel", "decode_merge_kernel"]
     assert [row["kernel"] for row in rows] == names
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         assert row["STACK"] + row["LOCAL"] == 0, f"{config}: {row} has stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 

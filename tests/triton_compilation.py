@@ -66,13 +66,30 @@ def disassemble(kernel, *options: str) -> str:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+def narrow_products(kernel) -> list[str]:
+    """Lines of Triton's own code that multiply the stride of a View, or of a map, in 32 bits: such an offset wraps past
+    2^31 elements."""
+    code = kernel.asm["ttir"]
+    arguments = re.findall(r'%(\w+): (\S+) [^%]*?loc\("(\w+)"', code[code.index("tt.func public") :].split("\n")[0])
+    tensors = {name for _, kind, name in arguments if kind.startswith("!tt.ptr")} - {"terms", "statistics"}
+    strides = {argument for argument, kind, name in arguments if name in tensors and kind == "i32"}
+    found = []
+    for line in code.splitlines():
+        if spread := re.match(r"\s*%(\w+) = tt\.(?:splat|broadcast|expand_dims) %(\w+)", line):
+            strides |= {spread[1]} if spread[2] in strides else set()
+        product = re.match(r"\s*%\w+ = arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32>)", line)
+        if product and strides & set(product.groups()):
+            found.append(line.strip())
+    return found
+
+
 def resources(compiled: list) -> list[dict]:
-    """Registers, bytes of stack and shared memory, and the instructions of MACHINE_NAMES, of each kernel."""
+    """Registers, bytes of stack and shared memory, instructions of MACHINE_NAMES and narrow products of each kernel."""
     rows = []
     for name, kernel in compiled:
         usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
         used = {machine for ptx, machine in MACHINE_NAMES.items() if re.search(ptx, kernel.asm["ptx"])}
         row = {"kernel": name, "shared": kernel.metadata.shared, "asynchronous": "LDGSTS" in used}
-        row["matrix"] = sorted(used - {"LDGSTS"})
+        row["matrix"], row["narrow"] = sorted(used - {"LDGSTS"}), narrow_products(kernel)
         rows.append({**row, **{field: int(number) for field, number in usage}})
     return rows
