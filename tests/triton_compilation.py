@@ -14,6 +14,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+MOST_BLOCKS = 65_535  # of a grid along its second and third axis
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a block may have
 # What ptxas makes of PTX (a test says so). To disassemble every kernel would take longer than to compile it.
 MACHINE_NAMES = {r"\bwgmma\.mma_async\b": "HGMMA", r"\bmma\.sync\b": "HMMA", r"\bcp\.async\.c[ag]\b": "LDGSTS"}
@@ -41,8 +42,9 @@ def compiling(arch: int, *modules, **attributes):
     the answers of those functions of theirs that ask a device."""
     compiled, run = [], triton.JITFunction.run
 
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
+    def compile_only(self, *args, grid, warmup, **keywords):
+        assert all(blocks <= MOST_BLOCKS for blocks in grid[1:]), f"{self.__name__}: a grid of {grid}"
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **keywords)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
