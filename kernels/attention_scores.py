@@ -475,6 +475,8 @@ class Problem:
             smaller = {"forward": "block_n", "grad_query": "block_n", "grad_key": "block_m", "grad_value": "block_m"}
             if side := smaller.get(kernel):
                 tile = tile._replace(**{side: max(16, getattr(tile, side) // 2)})
+        if kernel == "grad_value" and (self.terms.mask is not None or self.terms.distance_bias is not None):
+            tile = tile and tile._replace(block_m=min(tile.block_m, 32))  # a loaded tile passes through shared memory
         return tile
 
     def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:

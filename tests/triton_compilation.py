@@ -37,14 +37,15 @@ class Driver:
 
 
 @contextlib.contextmanager
-def compiling(arch: int, *modules, **attributes):
-    """Yields the list of (kernel name, compiled kernel) of the launches inside, which `modules` make; `attributes` are
-    the answers of those functions of theirs that ask a device."""
+def compiling(arch: int, *modules, only: str = "", **attributes):
+    """Yields the list of (kernel name, compiled kernel) of the launches inside, which `modules` make, or of those of
+    the kernel `only`; `attributes` are the answers of those functions of theirs that ask a device."""
     compiled, run = [], triton.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **keywords):
         assert all(blocks <= MOST_BLOCKS for blocks in grid[1:]), f"{self.__name__}: a grid of {grid}"
-        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **keywords)))
+        if only in ("", self.__name__):
+            compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **keywords)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
