@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..ops.attention_operator import in_order_of
 from .attention_scores import view
-from .common import INTERPRET, LOG2E, block_width, dot, launch_context, tanh
+from .common import INTERPRET, LOG2E, block_width, dot, launch_context, row_products, tanh
 
 NUMBERS = ["tokens", "capacity", "pages", "appended", "window_left", "distance_head", "table_row"]
 _MOST_SPLITS = 64
@@ -82,7 +82,7 @@ def decode_split_kernel(
             key_head + key_rows[:, None] + channels[None, :], mask=there[:, None] & (channels < HEAD_DIM)[None, :],
             other=0.0,
         )  # fmt: skip
-        s = dot(query_tile, tl.trans(key_tile)) * scale  # [BLOCK_M, BLOCK_N]
+        s = row_products(query_tile, key_tile) * scale  # [BLOCK_M, BLOCK_N]
         if softcap is not None:
             s = tanh(s / softcap) * softcap
         distance = keys[None, :] - position[:, None]
