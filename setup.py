@@ -5,6 +5,7 @@ symbols), and `xformer_fast/_build`, a small pybind11 module of build and CPU fa
 compiled once an instruction set and linked together; the best one is chosen at run time. Under a CUDA build of torch,
 where nvcc is, those in csrc/cuda are compiled once for all GPU architectures and linked into the operators as well;
 XFORMER_FAST_CUDA=0 leaves them out, XFORMER_FAST_CUDA=1 builds them under any torch (nothing but a GPU can run them).
+XFORMER_FAST_CUDA_ARCHS=90a, or "80 89", builds for these alone.
 
 Where the build tools are missing or fail, the install still succeeds and leaves `build_failure.txt` in the package,
 which `xformer_fast.info()` shows. XFORMER_FAST_BUILD=require makes a failure, and any compiler warning, fatal;
@@ -43,8 +44,13 @@ HEADERS = sorted(str(path) for path in CPU.glob("*.h"))  # relative to setup.py,
 CUDA = Path("csrc") / "cuda"
 CUDA_HEADERS = [*HEADERS, *sorted(str(path) for path in CUDA.glob("*.*h"))]
 GPU_TARGETS = {"80": "sm_80,compute_80", "89": "sm_89", "90a": "sm_90a"}  # PTX for whatever comes later
+GPU_ARCHS = os.environ.get("XFORMER_FAST_CUDA_ARCHS", "").replace(",", " ").split() or list(GPU_TARGETS)
+if unknown := [arch for arch in GPU_ARCHS if arch not in GPU_TARGETS]:
+    raise SystemExit(f"xformer_fast: XFORMER_FAST_CUDA_ARCHS must be of {', '.join(GPU_TARGETS)}; got {unknown[0]}")
 NVCC_FLAGS = ["-O3", "-std=c++17", *(["--Werror", "all-warnings"] if MODE == "require" else [])]
-NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=[{code}]" for arch, code in GPU_TARGETS.items()]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=[{GPU_TARGETS[arch]}]" for arch in GPU_ARCHS]
+if (spare := (os.cpu_count() or 1) // len(list(CUDA.glob("*.cu")))) > 1 and len(GPU_ARCHS) > 1:
+    NVCC_FLAGS += ["--threads", str(min(spare, len(GPU_ARCHS)))]  # ninja compiles all files at once; a target a thread
 LAUNCHER_SOURCES = sorted(path.name for path in CPU.glob("*_launcher.cpp"))  # compiled once, with torch's headers
 KERNEL_SOURCES = sorted({path.name for path in CPU.glob("*.cpp")} - {*LAUNCHER_SOURCES, "ceiling.cpp"})  # once an ISA
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
@@ -122,6 +128,7 @@ def kernels_per_isa(command: type[build_ext]) -> type[build_ext]:
                 extension.extra_objects = [object_ for isa in isas for object_ in self.kernel_objects(isa)]
                 if cuda_home():
                     extension.extra_objects += self.gpu_objects()
+                extension.depends = [*extension.depends, *extension.extra_objects]  # other flags: linked anew
             super().build_extension(extension)
 
         def kernel_objects(self, isa: str) -> list[str]:

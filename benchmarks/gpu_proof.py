@@ -1,16 +1,19 @@
 """Proves the GPU kernels on the machine at hand: builds, runs every test marked `gpu`, measures, says what is proven.
 
     make gpu-proof OUT=dir            all parts, in turn; a second run goes on where the first one stopped
-    make gpu-proof OUT=dir PART=tests     one part (tests, sanitizer, bench-...); each stays under 9 minutes, so that it
-                                          fits a time-limited machine
+    make gpu-proof OUT=dir PART=tests-rope    one part (build, tests-<op>, sanitizer, bench-...); each stays under 9
+                                          minutes, so that it fits a time-limited machine
     make gpu-proof OUT=dir DRY=1      everything but the GPU: builds, collects the tests, compiles for sm_90, plans
 
-Needs torch with CUDA, Triton and pytest; no network. Leaves in OUT: tests.xml, <op>.csv, a report, and
-proven.json, which is also written to xformer_fast/: what `dispatch` chooses by default on a GPU.
-`python -m benchmarks.plot OUT/attention.csv` draws the plots.
+Needs torch with CUDA, Triton and pytest; no network. Builds for the GPU at hand alone, unless XFORMER_FAST_CUDA_ARCHS
+is set, and only what has changed. Leaves in OUT: tests-<op>.jsonl, <op>.csv, a report, and proven.json, which is also
+written to xformer_fast/: what `dispatch` chooses by default on a GPU. `python -m benchmarks.plot OUT/attention.csv`
+draws the plots.
 
-A backend is proven for an op when every gpu test that names them, by recording the property proves = "op/backend",
-passed here, and no gpu test of any kind failed. A backend that fails is taken out of proven.json.
+Outcomes of tests are written as the tests end: a part that ran out of time, or was killed, goes on with what has not
+passed yet on these sources and this kind of GPU. A backend is proven for an op when every gpu test of the op's file has
+run, those that name them, by recording the property proves = "op/backend", passed, and none failed that names none. A
+backend that fails is taken out of proven.json; so is one whose file has tests left to run.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -30,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +42,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROVEN = ROOT / "xformer_fast" / "proven.json"
 PART_SECONDS = 510
+TESTS = {  # what costs least first; test_gpu_proof.py sees that all tests marked gpu are here
+    "tests-rope": "tests/ops/test_rope_gpu.py",
+    "tests-decode": "tests/ops/test_decode_gpu.py",
+    "tests-attention": "tests/ops/test_attention_gpu.py",
+    "tests-linear-attention": "tests/ops/test_linear_attention_gpu.py",
+    "tests-window-attention": "tests/ops/test_window_attention_gpu.py",
+    "tests-neighborhood-attention": "tests/ops/test_neighborhood_attention_gpu.py",
+    "tests-models": "tests/models/test_families.py",
+}
 SANITIZER_CHECKS = ("memcheck", "racecheck", "synccheck")
 CASE_SECONDS = 150  # one benchmark case in one dtype, its process included: more means that it hangs
 PEERS = {"attention": "naive,sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex"}  # of the other ops: all that they have
@@ -113,16 +126,49 @@ def tail(text: str, lines: int = 15) -> str:
     return "\n".join("    " + line for line in text.strip().splitlines()[-lines:])
 
 
-def build(report: Report) -> None:
-    """In place, warnings fatal; if they are, once more without that."""
+def local_target() -> str | None:
+    """The one of setup.py's GPU targets that the GPU at hand runs; what is newer than all runs the PTX of sm_80's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    return "90a" if capability == (9, 0) else "89" if capability == (8, 9) else "80"
+
+
+def digest(facts: str, *paths: str) -> str:
+    """Of facts, and of the sources in files and folders."""
+    result = hashlib.sha256(facts.encode())
+    for place in (ROOT / path for path in paths):
+        inside = sorted(path for path in place.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+        for path in inside if place.is_dir() else [place]:
+            result.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return result.hexdigest()[:16]
+
+
+def build(report: Report, seconds: float) -> None:
+    """In place, within the time, warnings fatal; if they are, once more without that. Nothing if nothing changed."""
+    import torch
+
+    end, targets = time.monotonic() + seconds, os.environ.get("XFORMER_FAST_CUDA_ARCHS") or local_target()
+    environment = {"XFORMER_FAST_CUDA_ARCHS": targets} if targets else {}
+    stamp, facts = ROOT / "build" / "gpu-proof.txt", f"{sys.version}{torch.__version__}{targets}"
+    binary, sources = "xformer_fast/_ops.so", ("setup.py", "csrc")
+    if stamp.exists() and (ROOT / binary).exists() and stamp.read_text() == digest(facts, binary, *sources):
+        return report("- C++ kernels: built before")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     for mode in ("require", "try"):
         start = time.monotonic()
-        status, output = run(command, PART_SECONDS, XFORMER_FAST_BUILD=mode)
+        status, output = run(command, end - start, XFORMER_FAST_BUILD=mode, **environment)
         if status == 0 and "without C++ kernels" not in output:
+            stamp.parent.mkdir(exist_ok=True)
+            stamp.write_text(digest(facts, binary, *sources) if (ROOT / binary).exists() else "")
             return report(f"- C++ kernels: built in {time.monotonic() - start:.0f} s (XFORMER_FAST_BUILD={mode})")
         report(f"- C++ kernels: not built with XFORMER_FAST_BUILD={mode}\n{tail(output)}")
-    report("- The GPU kernels need no build: going on.")
+        if status == 124:
+            report("- out of time; what is compiled is kept: PART=build goes on")
+            break
+    report("- The Triton kernels need no build: going on.")
 
 
 def commit() -> str:
@@ -131,23 +177,43 @@ def commit() -> str:
     return machine_facts("cpu")["commit"]
 
 
-def run_tests(out: Path, seconds: float, report: Report) -> bool:
-    """Every test marked gpu; then the verdict. True if all passed."""
-    xml = out / "tests.xml"
-    xml.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--junitxml={xml}"]
+def outcomes_of(path: Path, where: dict[str, str]) -> dict[str, dict]:
+    """The last outcome of each test in a file of outcomes; one of other sources or another GPU is moved aside."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    if lines and lines[0] != where:
+        path.rename(path.with_suffix(".old.jsonl"))
+        lines = []
+    if not lines:
+        path.write_text(json.dumps(where) + "\n")
+    return {line["test"]: line for line in lines[1:]}
+
+
+def run_tests(part: str, out: Path, seconds: float, report: Report) -> bool:
+    """The tests of a part that have not passed yet; then the verdict. True if all have."""
+    import torch
+
+    path, done = out / f"{part}.jsonl", out / f"{part}.done"
+    sources = digest(torch.__version__, "setup.py", "csrc", "kernels", "xformer_fast", "tests")
+    where = {"sources": sources, "device": torch.cuda.get_device_name()}
+    before = outcomes_of(path, where)
+    done.write_text("".join(f"{test}\n" for test, line in before.items() if line["outcome"] == "passed"))
+    command = [sys.executable, "-m", "pytest", TESTS[part], "-m", "gpu", "-p", "benchmarks.proof_plugin"]
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler, on one core a process
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) - 2)))]
-    status, output = run(command, seconds)
-    cases = list(ElementTree.parse(xml).iter("testcase")) if xml.exists() else []
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    passed = [case for case in cases if case not in bad and case.find("skipped") is None]
-    report(f"- gpu tests: {len(passed)} passed, {len(bad)} failed, {len(cases) - len(bad) - len(passed)} skipped")
-    clean = status == 0 and bool(passed) and not bad
-    if not clean:
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - 1))]
+    files = {"XFORMER_FAST_OUTCOMES": str(path), "XFORMER_FAST_DONE": str(done)}
+    status, output = run(command, seconds, OMP_NUM_THREADS="1", **files)
+    done.unlink()
+    outcomes = outcomes_of(path, where)
+    ended = [line["outcome"] for line in outcomes.values()]
+    count = {kind: ended.count(kind) for kind in ("passed", "failed", "skipped")}
+    report(f"- {part}: " + ", ".join(f"{number} {kind}" for kind, number in count.items()))
+    complete = status in (0, 1) or (status == 5 and count["passed"] > 0)  # 5: none was left to run
+    if not complete or count["failed"]:
         report(f"  pytest ended with status {status}{' (out of time)' if status == 124 else ''}\n{tail(output, 40)}")
-    record_proof(cases, passed, clean, out, report)
-    return clean
+    if not complete:
+        report("  What did not run is not proven; run again with the same OUT to go on.")
+    record_proof(list(outcomes.values()), complete, out, report)
+    return complete and count["passed"] > 0 and not count["failed"]
 
 
 def run_sanitizer(out: Path, seconds: float, report: Report) -> bool:
@@ -162,7 +228,8 @@ def run_sanitizer(out: Path, seconds: float, report: Report) -> bool:
     fine, log = True, out / "sanitizer.log"
     log.write_text("")
     for check in SANITIZER_CHECKS:
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "tests/sanitize/gpu.py"]
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--report-api-errors", "no"]  # torch makes some
+        command += [sys.executable, "tests/sanitize/gpu.py"]
         status, output = run(command, seconds / len(SANITIZER_CHECKS))
         with log.open("a") as file:
             file.write(output)
@@ -172,15 +239,15 @@ def run_sanitizer(out: Path, seconds: float, report: Report) -> bool:
     return fine
 
 
-def record_proof(cases, passed, clean: bool, out: Path, report: Report) -> None:
+def record_proof(outcomes: list[dict], complete: bool, out: Path, report: Report) -> None:
     import torch
     import triton
 
-    claims, counts = defaultdict(list), {}
-    for case in cases:
-        for item in case.iter("property"):
-            if item.get("name") == "proves":
-                claims[item.get("value")].append(case)
+    claims = defaultdict(list)
+    for line in outcomes:
+        for name in line["proves"]:
+            claims[name].append(line["outcome"])
+    nameless = any(line["outcome"] == "failed" and not line["proves"] for line in outcomes)
     facts = {
         "device": torch.cuda.get_device_name(),
         "capability": "sm_{}{}".format(*torch.cuda.get_device_capability()),
@@ -190,16 +257,14 @@ def record_proof(cases, passed, clean: bool, out: Path, report: Report) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     proven = json.loads(PROVEN.read_text()) if PROVEN.exists() else {}
-    for name, tests in sorted(claims.items()):
-        counts[name] = sum(case in passed for case in tests)
-        if clean and counts[name]:
-            proven[name] = {**facts, "tests": counts[name]}
-            report(f"- proven: {name} on {facts['device']} ({facts['capability']}), {counts[name]} tests")
+    for name, ended in sorted(claims.items()):
+        passed = ended.count("passed")
+        if complete and passed and "failed" not in ended and not nameless:
+            proven[name] = {**facts, "tests": passed}
+            report(f"- proven: {name} on {facts['device']} ({facts['capability']}), {passed} tests")
         else:
             proven.pop(name, None)
             report(f"- NOT proven: {name}")
-    if not claims:
-        report("- nothing proven: no test ran")
     text = json.dumps(proven, indent=2, sort_keys=True) + "\n"
     PROVEN.write_text(text)
     (out / "proven.json").write_text(text)
@@ -320,17 +385,18 @@ def dry_run_cuda(report: Report) -> bool:
 
 
 def main() -> int:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-proof-results"))
-    parser.add_argument("--part", help="tests, sanitizer, or one of the benchmark's (bench-...); default: all in turn")
+    parser.add_argument("--part", help="build, tests-<op>, sanitizer, bench-...; default: all in turn")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the limit of a part")
     parser.add_argument("--dry", action="store_true", help="everything but the GPU")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     parts = benchmark_parts()
-    checks = {"tests": run_tests, "sanitizer": run_sanitizer}
-    if args.part and args.part not in (*checks, *parts):
-        parser.error(f"--part must be {', '.join((*checks, *parts))}; got {args.part}")
+    checks = {part: functools.partial(run_tests, part) for part in TESTS} | {"sanitizer": run_sanitizer}
+    if args.part and args.part not in ("build", *checks, *parts):
+        parser.error(f"--part must be build, {', '.join((*checks, *parts))}; got {args.part}")
 
     import torch
 
@@ -343,10 +409,11 @@ def main() -> int:
     if not args.dry and device == "no GPU":
         report("No CUDA device: nothing can be proven here. DRY=1 does all but the GPU.")
         return 2
-    start = time.monotonic()
-    build(report)
+    build(report, args.seconds - (time.monotonic() - start))
     if args.dry:
         fine = dry_run(parts, out, report)
+    elif args.part == "build":
+        fine = True
     else:
         seconds, fine = args.seconds - (time.monotonic() - start if args.part else 0), True
         for part in (*checks, *parts) if args.part is None else (args.part,):

@@ -15,7 +15,7 @@ import torch
 
 from xformer_fast import reference
 
-from . import plot
+from . import measure, plot
 from .attention import AttentionCase
 from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
@@ -192,6 +192,34 @@ def test_plots_are_drawn_from_the_csv_alone(tmp_path):
     assert all(row["device"] and row["commit"] and row["torch"] and row["date"] for row in rows)
     drawn = {p.name for p in plot.draw([path], tmp_path)}
     assert {"speedup.png", "memory.png", "time.png", "map.png"} <= drawn
+
+
+def test_a_gpu_is_busy_while_the_host_launches(monkeypatch):
+    """Else the time of a short call would be that of its launch."""
+    steps = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            steps.append("record")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    class Flush:
+        def zero_(self):
+            steps.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: steps.append("busy"))
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Flush())
+    assert measure._CudaClock().measure(lambda: steps.append("call"), 2) == pytest.approx(1.5e-3)
+    assert steps == ["busy", "flush", "record", "call", "call", "record"]
 
 
 def test_unknown_case_names_those_there_are():

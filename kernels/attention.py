@@ -33,7 +33,7 @@ from .attention_scores import (
     visible_blocks,
     visible_in_pass,
 )
-from .common import LOG2E, dot, launch_context, load_tile, store_tile
+from .common import LOG2E, dot, launch_context, load_tile, row_products, store_tile
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _attend(
     for i in range(block_count(blocks, terms, PASS, BLOCK_N)):
         start_n, columns = columns_at(i, blocks, batch, key_limit, terms, PASS, BLOCK_N)
         key = load_keys(key_base, key_stride, start_n, columns, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
-        products = dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        products = row_products(query, key)  # [BLOCK_M, BLOCK_N]
         if PLAIN:  # scale > 0 and no other term: the maximum comes before the scale, which then joins an FMA
             if PASS != WHOLE:
                 visible = visible_in_pass(

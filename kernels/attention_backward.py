@@ -48,7 +48,7 @@ from .attention_scores import (
     view,
     visible_blocks,
 )
-from .common import LOG2E, dot, launch_context, load_tile, store_tile
+from .common import LOG2E, dot, launch_context, load_tile, row_products, store_tile
 
 GLOBAL_SHARE = 512  # queries that one program sums over for a block of global keys
 
@@ -66,11 +66,11 @@ def _query_gradient(
         key = load_keys(key_base, key_stride, start_n, columns, key_limit, HEAD_DIM, BLOCK_N, BLOCK_D, PASS)
         value = load_keys(value_base, value_stride, start_n, columns, key_limit, HEAD_DIM_V, BLOCK_N, BLOCK_DV, PASS)
         s, bent = scores(
-            dot(query, tl.trans(key)), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left,
+            row_products(query, key), rows[:, None], columns[None, :], length_q, key_limit, shift, scale, own, left,
             right, terms, PASS,
         )  # fmt: skip
         weights = tl.exp2(s - lse[:, None] - lse_error[:, None])  # [BLOCK_M, BLOCK_N]
-        grad_weights = dot(grad_out, tl.trans(value))
+        grad_weights = row_products(grad_out, value)
         if terms.dropout_seed is not None:
             grad_weights = dropout_of_pass(grad_weights, rows, columns, start_n, stream, terms, BLOCK_N, False, PASS)
             grad_weights *= terms.dropout_scale
@@ -185,7 +185,7 @@ def _key_gradient(
         lse_error = tl.load(lse_base + 2 * statistics.delta + tl.arange(0, BLOCK_M))
         own = head_terms(terms, batch, head)
         s, bent = scores(
-            dot(key, tl.trans(query_tile)), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, own,
+            row_products(key, query_tile), rows[None, :], columns[:, None], length_q, key_limit, shift, scale, own,
             left, right, terms, PASS,
         )  # fmt: skip
         weights = tl.exp2(s - lse[None, :] - lse_error[None, :])  # [BLOCK_N, BLOCK_M]
@@ -193,7 +193,7 @@ def _key_gradient(
             kept = dropout_of_pass(weights, rows, columns, start_n, stream, terms, BLOCK_N, True, PASS)
             grad_value = dot(kept.to(grad_out_tile.dtype), grad_out_tile, grad_value)
         if KEY:
-            grad_weights = dot(value, tl.trans(grad_out_tile))
+            grad_weights = row_products(value, grad_out_tile)
             if terms.dropout_seed is not None:
                 grad_weights = dropout_of_pass(grad_weights, rows, columns, start_n, stream, terms, BLOCK_N, True, PASS)
                 grad_weights *= terms.dropout_scale

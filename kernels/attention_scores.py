@@ -259,9 +259,9 @@ def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left
             s = tl.where(added != 0, s, float("-inf"))
         else:
             added = added.to(tl.float32)
-            # The least number of a type is not -inf: a row of nothing else weighs its keys alike. What is below -1e20 is one
-            # power of two, which lse takes to the backward and back without a rounding.
-            s += tl.where(added >= -1e20, added * LOG2E, tl.where(added == float("-inf"), added, LEAST))
+            # The least number of a type is not -inf: a row of nothing else weighs its keys alike. What is below -1e20 is
+            # one power of two, which lse takes to the backward and back without a rounding.
+            s += tl.where(added < -1e20, tl.where(added == float("-inf"), added, LEAST), added * LOG2E)
     if PASS != WHOLE:
         visible = visible_in_pass(rows, columns, shift, key_limit, left, right, own, terms, PASS)
         s = tl.where(visible, s, float("-inf"))
@@ -485,6 +485,8 @@ class Problem:
             smaller = {"forward": "block_n", "grad_query": "block_n", "grad_key": "block_m", "grad_value": "block_m"}
             if side := smaller.get(kernel):
                 tile = tile._replace(**{side: max(16, getattr(tile, side) // 2)})
+        if kernel == "grad_value" and (self.terms.mask is not None or self.terms.distance_bias is not None):
+            tile = tile and tile._replace(block_m=min(tile.block_m, 32))  # a loaded tile passes through shared memory
         return tile
 
     def key_gradient_tiles(self) -> list[tuple[Tile, dict]]:

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..ops.attention_operator import in_order_of
 from .attention_scores import view
-from .common import INTERPRET, LOG2E, block_width, dot, launch_context, tanh
+from .common import INTERPRET, LOG2E, block_width, dot, launch_context, row_products, tanh
 
 NUMBERS = ["tokens", "capacity", "pages", "appended", "window_left", "distance_head", "table_row"]
 _MOST_SPLITS = 64
@@ -44,8 +44,8 @@ def decode_split_kernel(
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    unit = tl.program_id(1)  # a KV head of a sequence
+    unit = tl.program_id(0)  # a KV head of a sequence; the other axes of a grid end at 65,535
+    split, splits = tl.program_id(1), tl.num_programs(1)
     batch, kv_head = unit // HEADS_KV, unit % HEADS_KV
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < GROUP * tokens
@@ -82,7 +82,7 @@ def decode_split_kernel(
             key_head + key_rows[:, None] + channels[None, :], mask=there[:, None] & (channels < HEAD_DIM)[None, :],
             other=0.0,
         )  # fmt: skip
-        s = dot(query_tile, tl.trans(key_tile)) * scale  # [BLOCK_M, BLOCK_N]
+        s = row_products(query_tile, key_tile) * scale  # [BLOCK_M, BLOCK_N]
         if softcap is not None:
             s = tanh(s / softcap) * softcap
         distance = keys[None, :] - position[:, None]
@@ -107,7 +107,7 @@ def decode_split_kernel(
         acc = dot(weights.to(value_tile.dtype), value_tile, acc * correction[:, None])
 
     # [split, batch, head, token]: statistics, and the output of HEAD_DIM_V channels
-    place = (split * (tl.num_programs(1) * GROUP) + batch * (HEADS_KV * GROUP) + head).to(tl.int64) * tokens + token
+    place = (split * (tl.num_programs(0) * GROUP) + batch * (HEADS_KV * GROUP) + head).to(tl.int64) * tokens + token
     tl.store(partial_max + place, row_max, mask=inside)
     tl.store(partial_sum + place, row_sum, mask=inside)
     tl.store(
@@ -154,13 +154,14 @@ def kv_cache_append_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One new token of one KV head; a token past the capacity is not written."""
-    token, unit = tl.program_id(0), tl.program_id(1)
+    token, unit = tl.program_id(0) % tokens, tl.program_id(0) // tokens
     batch, head = unit // HEADS_KV, unit % HEADS_KV
     place = tl.load(cache_lengths + batch).to(tl.int32) + token
     if place < 0 or place >= capacity:
         return
     channels, channels_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     rows = _row_of_key(block_table, place, batch, table_row, pages, key_cache.strides[0], key_cache.strides[2], PAGE)
+    head, token = head.to(tl.int64), token.to(tl.int64)
     source = batch.to(tl.int64) * new_key.strides[0] + head * new_key.strides[1] + token * new_key.strides[2]
     row = tl.load(new_key.ptr + source + channels, mask=channels < HEAD_DIM)
     tl.store(key_cache.ptr + rows + head * key_cache.strides[1] + channels, row, mask=channels < HEAD_DIM)
@@ -191,7 +192,7 @@ def append(key_cache, value_cache, new_key, new_value, cache_lengths, block_tabl
         return
     capacity, page, table_row = _paging(key_cache, block_table)
     with launch_context(new_key):
-        kv_cache_append_kernel[(tokens, batch * heads)](
+        kv_cache_append_kernel[(batch * heads * tokens,)](
             view(key_cache), view(value_cache), view(new_key), view(new_value), cache_lengths, block_table, tokens,
             capacity, key_cache.shape[0], table_row, HEADS_KV=heads, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v,
             PAGE=page, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_DV=triton.next_power_of_2(head_dim_v),
@@ -228,7 +229,7 @@ def forward(
     partial_max, partial_sum = query.new_empty(2, splits, rows, dtype=torch.float32).unbind()
     slope_strides = (0, 0) if alibi_slopes is None else (0, *alibi_slopes.stride())[-2:]
     with launch_context(query):
-        decode_split_kernel[(splits, batch * heads_kv, row_blocks)](
+        decode_split_kernel[(batch * heads_kv, splits, row_blocks)](
             view(query), view(key_cache), view(value_cache), cache_lengths, block_table, alibi_slopes, distance_bias,
             partial_out, partial_max, partial_sum, tokens, capacity, key_cache.shape[0], appended,
             2**30 if window_left < 0 else window_left, *slope_strides,

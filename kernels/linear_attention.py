@@ -81,6 +81,18 @@ def add_product(a, b, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def state_product(a, state):
+    """a @ state, of a float32 state that is rounded to a's type. A sum over a long sequence may not fit float16: its
+    columns are then divided by powers of two, which changes no digit, and what they give is multiplied by them."""
+    if a.dtype == tl.float16:
+        power = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(state), 0), 1.0) / 32768.0))
+        factor = tl.exp2(tl.maximum(power, 0.0))
+        return dot(a, (state / factor[None, :]).to(a.dtype)) * factor[None, :]
+    else:
+        return dot(a, state.to(a.dtype))
+
+
+@triton.jit
 def load_vector(pointer, rows, inside):
     return tl.load(pointer + rows, mask=inside, other=0.0)
 
@@ -253,7 +265,7 @@ def linear_walk_kernel(
         weighted = phi_a
         if decay is not None:
             weighted = phi_a * tl.where(a_inside, a_weight, 0.0)[:, None]
-        acc = dot(weighted.to(dtype), state.to(dtype))
+        acc = state_product(weighted.to(dtype), state)
         sums = tl.sum(weighted * total[None, :], 1)
         if CAUSAL:
             phi_b = load_phi(b, b_base, b_rows, b_inside, 0, D, BLOCK_D, MAP)

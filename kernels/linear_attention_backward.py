@@ -30,6 +30,7 @@ from .linear_attention import (
     load_vector,
     rate_of,
     shape_of,
+    state_product,
     store_rows,
     time_of,
     weights_of,
@@ -109,11 +110,11 @@ def linear_feature_gradient_kernel(
             a, a_weight, a_bias = grad, from_state, bias
         weighted = (a * a_weight[:, None]).to(dtype) if decay is not None else a
         a_bias_weighted = a_bias * a_weight if decay is not None else a_bias
-        grad_phi = dot(weighted, state.to(dtype)) + a_bias_weighted[:, None] * total[None, :]
+        grad_phi = state_product(weighted, state) + a_bias_weighted[:, None] * total[None, :]
         if DECAY_GRADIENT:
             phi_q = load_phi(query, query_base, queries, is_query, first_d, D, BLOCK_D, MAP)
             by_state = tl.sum(phi_q * grad_phi, 1) * (positions + 1 - now).to(tl.float32)
-            by_moment = dot(weighted, moment.to(dtype)) + a_bias_weighted[:, None] * moment_z[None, :]
+            by_moment = state_product(weighted, moment) + a_bias_weighted[:, None] * moment_z[None, :]
             decay_sum += tl.sum(by_state + tl.sum(phi_q * by_moment, 1))
         if CAUSAL:
             if OF_KEY:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..ops.window_operator import in_order_of
-from .common import LOG2E, dot, launch_context
+from .common import LOG2E, dot, launch_context, row_products
 from .neighborhood_tiles import (
     SIZES,
     Problem,
@@ -56,7 +56,7 @@ def neighborhood_forward_kernel(
         valid = start + tl.arange(0, BLOCK) < total
         key_tile = load_rows(key, key_base, keys, valid, DILATION, AXES, HEAD_DIM, BLOCK_D)
         s = scores(
-            dot(query_tile, tl.trans(key_tile)), scale, table, head, table_rows, of_queries,
+            row_products(query_tile, key_tile), scale, table, head, table_rows, of_queries,
             bias_part(keys, KERNEL, AXES)[None, :], see(lanes, keys, lengths, KERNEL, CAUSAL, AXES, False), KERNEL,
         )  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(s, 1))

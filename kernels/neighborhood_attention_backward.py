@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..ops.window_operator import in_order_of
-from .common import LOG2E, dot, launch_context
+from .common import LOG2E, dot, launch_context, row_products
 from .neighborhood_table_gradient import table_gradient
 from .neighborhood_tiles import (
     SIZES,
@@ -48,10 +48,10 @@ def _scores_and_gradients(
     key_tile = load_rows(key, key_base, keys, valid, DILATION, AXES, HEAD_DIM, BLOCK_D)
     value_tile = load_rows(value, value_base, keys, valid, DILATION, AXES, HEAD_DIM_V, BLOCK_DV)
     s = scores(
-        dot(query_tile, tl.trans(key_tile)), scale, table, head, table_rows, bias_part(lanes, KERNEL, AXES)[:, None],
+        row_products(query_tile, key_tile), scale, table, head, table_rows, bias_part(lanes, KERNEL, AXES)[:, None],
         bias_part(keys, KERNEL, AXES)[None, :], see(lanes, keys, lengths, KERNEL, CAUSAL, AXES, False), KERNEL,
     )  # fmt: skip
-    return s, dot(grad_out_tile, tl.trans(value_tile)), key_tile
+    return s, row_products(grad_out_tile, value_tile), key_tile
 
 
 @triton.jit(do_not_specialize=[*SIZES, "table_rows"])
@@ -150,13 +150,13 @@ def neighborhood_key_gradient_kernel(
         lse = tl.load(at, mask=valid, other=float("inf"))
         delta = tl.load(at + to_delta, mask=valid, other=0.0)
         s = scores(
-            dot(key_tile, tl.trans(query_tile)), scale, table, head, table_rows,
+            row_products(key_tile, query_tile), scale, table, head, table_rows,
             bias_part(queries, KERNEL, AXES)[None, :], of_keys,
             see(lanes, queries, lengths, KERNEL, CAUSAL, AXES, True), KERNEL,
         )  # fmt: skip
         weights = tl.exp2(s - lse[None, :])  # [keys, queries]
         value_acc = dot(weights.to(grad_out_tile.dtype), grad_out_tile, value_acc)
-        grad_scores = weights * (dot(value_tile, tl.trans(grad_out_tile)) - delta[None, :])
+        grad_scores = weights * (row_products(value_tile, grad_out_tile) - delta[None, :])
         key_acc = dot(grad_scores.to(query_tile.dtype), query_tile, key_acc)
     key_base, value_base = base_of(grad_key, batch, kv_head, places), base_of(grad_value, batch, kv_head, places)
     store_rows(grad_key, key_base, lanes, inside, key_acc * output_scale, DILATION, AXES, HEAD_DIM, BLOCK_D)

@@ -177,16 +177,18 @@ def base_of(view, batch, head, group):
     """The row of a head at the first place of a dilation group."""
     strides = view.strides
     at = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
-    return view.ptr + at + group[0] * strides[1] + group[1] * strides[2] + group[2].to(tl.int64) * strides[3]
+    for axis in tl.static_range(3):
+        at += tl.cast(group[axis], tl.int64) * strides[1 + axis]
+    return view.ptr + at
 
 
 @triton.jit
 def row_pointers(view, base, places, DILATION: tl.constexpr, AXES: tl.constexpr):
-    rows = base + places[2].to(tl.int64) * (DILATION[2] * view.strides[3])
+    rows = base + (places[2] * DILATION[2]).to(tl.int64) * view.strides[3]
     if AXES > 1:
-        rows += places[1].to(tl.int64) * (DILATION[1] * view.strides[2])
+        rows += (places[1] * DILATION[1]).to(tl.int64) * view.strides[2]
     if AXES > 2:
-        rows += places[0].to(tl.int64) * (DILATION[0] * view.strides[1])
+        rows += (places[0] * DILATION[0]).to(tl.int64) * view.strides[1]
     return rows
 
 
@@ -220,7 +222,7 @@ def statistic_offsets(places, group, sides, DILATION: tl.constexpr, AXES: tl.con
     if AXES > 1:
         at += (places[1] * DILATION[1] + group[1]).to(tl.int64) * sides[2]
     if AXES > 2:
-        at += (places[0] * DILATION[0] + group[0]).to(tl.int64) * (sides[1] * sides[2])
+        at += (places[0] * DILATION[0] + group[0]).to(tl.int64) * sides[1] * sides[2]
     return at
 
 

@@ -190,3 +190,13 @@ def test_the_folder_kernels_hides_no_package(place, installed, tmp_path):
     if installed:
         program += f"import kernels; assert kernels.__file__.startswith({str(site)!r}), kernels\n"
     run(sys.executable, "-c", program, cwd=ROOT if place == "root" else tmp_path, PYTHONPATH=os.pathsep.join(path))
+
+
+def test_gpu_targets_can_be_chosen():
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None; print(runpy.run_path('setup.py')['NVCC_FLAGS'])"
+    )
+    flags = run(sys.executable, "-c", code, XFORMER_FAST_CUDA_ARCHS="90a", XFORMER_FAST_BUILD="skip")
+    assert "code=[sm_90a]" in flags and "sm_80" not in flags
+    every = run(sys.executable, "-c", code, XFORMER_FAST_CUDA_ARCHS="", XFORMER_FAST_BUILD="skip")
+    assert all(f"[{target}]" in every for target in ("sm_80,compute_80", "sm_89", "sm_90a"))

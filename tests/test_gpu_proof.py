@@ -35,26 +35,38 @@ def test_dry_run(tmp_path):
 def test_refuses_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "benchmarks.gpu_proof", "--out", str(tmp_path), "--part", "tests"]
+    command = [sys.executable, "-m", "benchmarks.gpu_proof", "--out", str(tmp_path), "--part", "tests-rope"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "No CUDA device" in done.stdout
 
 
+def test_every_gpu_test_is_in_a_part():
+    marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*.py") if ".mark.gpu" in path.read_text()}
+    assert marked == set(gpu_proof.TESTS.values())
+
+
 @pytest.fixture
-def proof(tmp_path, monkeypatch):
-    """run_tests() with pytest replaced by a junit file, on a pretended GPU; returns (verdict, proven.json)."""
+def gpu(tmp_path, monkeypatch):
+    """A pretended one."""
     monkeypatch.setattr(gpu_proof, "PROVEN", tmp_path / "package.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
-    def prove(cases: str, status=0):
-        def pytest_run(command, seconds):
-            path = next(part.split("=")[1] for part in command if part.startswith("--junitxml="))
-            Path(path).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+
+@pytest.fixture
+def proof(tmp_path, monkeypatch, gpu):
+    """run_tests() with pytest replaced by the outcomes of one run, each (outcome, what it proves), named in order;
+    returns (verdict, proven.json)."""
+
+    def prove(outcomes, status=0):
+        def pytest_run(command, seconds, **environment):
+            with open(environment["XFORMER_FAST_OUTCOMES"], "a") as file:
+                for i, (outcome, *proves) in enumerate(outcomes):
+                    file.write(json.dumps({"test": f"test_{i}", "outcome": outcome, "proves": proves}) + "\n")
             return status, "output"
 
         monkeypatch.setattr(gpu_proof, "run", pytest_run)
-        verdict = gpu_proof.run_tests(tmp_path, 10, gpu_proof.Report(tmp_path / "report.md"))
+        verdict = gpu_proof.run_tests("tests-attention", tmp_path, 10, gpu_proof.Report(tmp_path / "report.md"))
         written = json.loads((tmp_path / "proven.json").read_text())
         assert written == json.loads(gpu_proof.PROVEN.read_text())
         return verdict, written
@@ -62,32 +74,110 @@ def proof(tmp_path, monkeypatch):
     return prove
 
 
-def case(inside="", proves="attention/triton"):
-    prop = f'<properties><property name="proves" value="{proves}"/></properties>' if proves else ""
-    return f"<testcase>{prop}{inside}</testcase>"
+TRITON, CUDA = "attention/triton", "attention/cuda"
 
 
 def test_passing_tests_prove_their_backend(proof):
-    verdict, proven = proof(case() + case() + case("<skipped/>") + case(proves=""))
+    verdict, proven = proof([("passed", TRITON), ("passed", TRITON), ("skipped", TRITON), ("passed",)])
     assert verdict
-    assert proven["attention/triton"]["tests"] == 2
-    assert {"device", "capability", "torch", "triton", "commit", "tests", "date"} == set(proven["attention/triton"])
+    assert proven[TRITON]["tests"] == 2
+    assert {"device", "capability", "torch", "triton", "commit", "tests", "date"} == set(proven[TRITON])
 
 
 @pytest.mark.parametrize(
-    "cases, status",
+    "outcomes, status",
     [
-        (case() + case("<failure/>"), 1),
-        (case() + case("<error/>", proves=""), 1),
-        (case("<skipped/>"), 0),
-        (case(), 124),
+        ([("passed", TRITON), ("failed", TRITON)], 1),
+        ([("passed", TRITON), ("failed",)], 1),
+        ([("skipped", TRITON)], 0),
+        ([("passed", TRITON)], 124),
+        ([("passed", TRITON)], 2),
     ],
-    ids=["failure", "error elsewhere", "all skipped", "out of time"],
+    ids=["failure", "failure of no backend", "all skipped", "out of time", "interrupted"],
 )
-def test_anything_less_takes_the_proof_back(proof, cases, status):
-    assert "attention/triton" in proof(case())[1]
-    verdict, proven = proof(cases, status)
+def test_anything_less_takes_the_proof_back(proof, outcomes, status):
+    assert TRITON in proof([("passed", TRITON)])[1]
+    verdict, proven = proof(outcomes, status)
     assert not verdict and proven == {}
+
+
+def test_a_backend_does_not_fail_for_another(proof):
+    verdict, proven = proof([("passed", TRITON), ("passed", CUDA), ("failed", CUDA)], 1)
+    assert not verdict and set(proven) == {TRITON}
+
+
+PASSING, FAILING, LAST = (f"test_made_up.py::{name}" for name in ("test_passing", "test_failing", "test_last"))
+
+
+def test_a_killed_run_says_what_passed_and_is_gone_on_with(tmp_path, monkeypatch, gpu):
+    """A real pytest, killed in its third test; the second run looks again at what did not pass, and at nothing else."""
+    tests = tmp_path / "test_made_up.py"
+    tests.write_text(
+        "import os, signal\n"
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "@pytest.fixture(autouse=True)\n"
+        "def backend(record_property):\n"
+        "    record_property('proves', 'attention/triton')\n"
+        "def test_passing(): pass\n"
+        "def test_failing(): assert os.environ.get('SECOND')\n"
+        "def test_last(): os.environ.get('SECOND') or os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setitem(gpu_proof.TESTS, "tests-attention", str(tests))
+    monkeypatch.setattr(gpu_proof.importlib.util, "find_spec", lambda name: None)  # one process, in order
+    path, report = tmp_path / "tests-attention.jsonl", tmp_path / "report.md"
+
+    def lines():
+        return [
+            (Path(line["test"]).name, line["outcome"]) for line in map(json.loads, path.read_text().splitlines()[1:])
+        ]
+
+    assert not gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report))
+    assert lines() == [(PASSING, "passed"), (FAILING, "failed")]
+    assert "1 passed, 1 failed" in report.read_text() and "is not proven" in report.read_text()
+    monkeypatch.setenv("SECOND", "1")
+    assert gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report))
+    assert lines()[2:] == [(FAILING, "passed"), (LAST, "passed")]
+    assert json.loads(gpu_proof.PROVEN.read_text())["attention/triton"]["tests"] == 3
+    assert gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report)), "nothing was left to run"
+
+
+def test_a_build_is_made_once_for_the_gpu_at_hand(tmp_path, monkeypatch, gpu):
+    started = []
+
+    def compile_(command, seconds, **environment):
+        started.append((seconds, environment))
+        (tmp_path / "xformer_fast" / "_ops.so").write_text("code")
+        return 0, ""
+
+    for folder in ("xformer_fast", "csrc"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "setup.py").write_text("")
+    monkeypatch.delenv("XFORMER_FAST_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(gpu_proof, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_proof, "run", compile_)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = gpu_proof.Report(tmp_path / "report.md")
+    gpu_proof.build(report, 7)
+    gpu_proof.build(report, 7)
+    assert len(started) == 1 and started[0][0] <= 7
+    assert started[0][1] == {"XFORMER_FAST_BUILD": "require", "XFORMER_FAST_CUDA_ARCHS": "90a"}
+    (tmp_path / "csrc" / "new.cu").write_text("")
+    gpu_proof.build(report, 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    gpu_proof.build(report, 7)
+    assert [environment["XFORMER_FAST_CUDA_ARCHS"] for _, environment in started] == ["90a", "90a", "80"]
+
+
+def test_the_sanitizer_does_not_report_errors_of_calls(tmp_path, monkeypatch):
+    """torch asks CUDA for what it may refuse: such an answer is no fault of a kernel."""
+    commands = []
+    monkeypatch.setattr(dispatch, "cuda_problem", lambda op: None)
+    monkeypatch.setattr(gpu_proof.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(gpu_proof, "run", lambda command, seconds: commands.append(" ".join(command)) or (0, ""))
+    assert gpu_proof.run_sanitizer(tmp_path, 10, gpu_proof.Report(tmp_path / "report.md"))
+    assert len(commands) == 3 and all("--report-api-errors no" in command for command in commands)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Config:
     head_dim: int
     dtype: str = "bfloat16"
     causal: bool = False
-    terms: str = ""  # "all", "packed", "distance", "global" or "map"
+    terms: str = ""  # "all", "packed", "distance", "global", "map", or "mask" and "bias": float32, under dropout
 
     def __str__(self):
         return f"sm{self.arch}-D{self.head_dim}-{self.dtype}{'-causal' * self.causal}{self.terms and '-' + self.terms}"
@@ -37,13 +37,14 @@ MAIN += [Config(arch, dim, terms="distance") for arch in (80, 90) for dim in (64
 MAIN += [Config(arch, dim, terms=terms) for arch in (80, 90) for dim in (64, 128) for terms in ("global", "map")]
 MORE = [Config(arch, d, "float16", c) for arch in (80, 90) for d in (64, 128, 256) for c in (False, True)]
 MORE = [config for config in MORE if config not in MAIN]
+LOADED = [Config(90, 128, terms="mask"), Config(90, 256, terms="mask"), Config(90, 256, terms="bias")]
 OTHER = [Config(90, 64, terms="all"), Config(80, 80, terms="packed")]
 
 
-def launches_only_compile(arch: int):
+def launches_only_compile(arch: int, only: str = ""):
     from xformer_fast.kernels import attention, attention_backward, attention_scores
 
-    return compiling(arch, attention, attention_backward, attention_scores, architecture=f"sm{arch}")
+    return compiling(arch, attention, attention_backward, attention_scores, only=only, architecture=f"sm{arch}")
 
 
 def call(config: Config, length: int = 512, window: int = -1):
@@ -51,7 +52,8 @@ def call(config: Config, length: int = 512, window: int = -1):
     from xformer_fast.kernels import attention, attention_backward
 
     dtype, dim, everything = getattr(torch, config.dtype), config.head_dim, config.terms == "all"
-    seed = torch.zeros(1, dtype=torch.int64) if everything else None
+    dropped = everything or config.terms in ("mask", "bias")
+    seed = torch.zeros(1, dtype=torch.int64) if dropped else None
     mask = slopes = sinks = lengths = ends = distance = keys = rel_h = rel_w = None
     if config.terms == "packed":
         query, key, value = (torch.empty(length, heads, dim, dtype=dtype) for heads in (4, 2, 2))
@@ -61,6 +63,10 @@ def call(config: Config, length: int = 512, window: int = -1):
     if everything:
         mask, lengths = torch.empty(1, 4, length, length, dtype=dtype), torch.zeros(2, dtype=torch.int32)
         slopes, sinks, window = torch.empty(2, 4), torch.empty(4), 100
+    if config.terms == "mask":
+        mask = torch.empty(2, 4, length, length)
+    if config.terms == "bias":
+        distance = torch.empty(4, 2 * length - 1)
     of_distance, of_map = everything or config.terms == "distance", everything or config.terms == "map"
     if of_distance:
         distance = torch.empty(4, 2 * length - 1)
@@ -69,7 +75,7 @@ def call(config: Config, length: int = 512, window: int = -1):
     if everything or config.terms == "global":
         window, keys = 100, torch.zeros(2, 3, dtype=torch.int64)
     terms = mask, lengths, ends, ends, slopes, distance, sinks, seed, keys, rel_h, rel_w, length, length, 0.125
-    numbers = 30.0 * everything, 0.1 * everything, int(config.causal), window, -1
+    numbers = 30.0 * everything, 0.1 * dropped, int(config.causal), window, -1
     learned = of_distance or of_map
     out, lse, residual = attention.forward(query, key, value, *terms, *numbers, learned, learned)
     grad_lse = torch.empty_like(lse) if everything else None
@@ -86,6 +92,7 @@ def rows_of(config: Config) -> list[dict]:
 
 def check(config: Config, rows: list[dict]):
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         spilled = row["STACK"] + row["LOCAL"]
         assert spilled == 0, f"{config}: {row['kernel']} has {spilled} bytes of stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
@@ -123,6 +130,17 @@ def test_every_term_compiles(config):
     rows = rows_of(config)
     assert len(rows) == (7 if config.terms == "all" else 3)
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
+        assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
+
+
+@pytest.mark.parametrize("config", LOADED, ids=str)
+def test_scores_that_pass_through_shared_memory_fit(config):
+    """A mask or a bias is loaded in one layout and added in another; the keys' gradient has most beside them."""
+    with launches_only_compile(config.arch, only="attention_key_gradient_kernel") as compiled:
+        call(config)
+    assert len(compiled) == (2 if config.head_dim == 256 else 1)
+    for row in resources(compiled):
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 
 

@@ -38,21 +38,21 @@ def launches_only_compile(arch: int):
     return compiling(arch, decode, multiprocessors=132)
 
 
-def call(config: Config, capacity=4096, tokens=1, window=-1):
+def call(config: Config, capacity=4096, tokens=1, window=-1, batch=2):
     """A step on uninitialised CPU tensors, of which only shapes and strides matter."""
     from xformer_fast.kernels import decode
 
     dtype, dim, heads_kv = getattr(torch, config.dtype), config.head_dim, 2
     heads = heads_kv * config.group
-    query, key = (torch.empty(2, h, tokens, dim, dtype=dtype) for h in (heads, heads_kv))
-    lengths, table, slopes, bias, sinks = torch.zeros(2, dtype=torch.int32), None, None, None, None
+    query, key = (torch.empty(batch, h, tokens, dim, dtype=dtype) for h in (heads, heads_kv))
+    lengths, table, slopes, bias, sinks = torch.zeros(batch, dtype=torch.int32), None, None, None, None
     if config.page_size:
-        table = torch.zeros(2, capacity // config.page_size, dtype=torch.int32)
+        table = torch.zeros(batch, capacity // config.page_size, dtype=torch.int32)
         cache = torch.empty(table.numel(), heads_kv, config.page_size, dim, dtype=dtype)
     else:
-        cache = torch.empty(2, heads_kv, capacity, dim, dtype=dtype)
+        cache = torch.empty(batch, heads_kv, capacity, dim, dtype=dtype)
     if config.options:
-        slopes, sinks, bias = torch.empty(2, heads), torch.empty(heads), torch.empty(heads, capacity + tokens - 1)
+        slopes, sinks, bias = torch.empty(batch, heads), torch.empty(heads), torch.empty(heads, capacity + tokens - 1)
     decode.append(cache, cache, key, key, lengths, table)
     terms = lengths, table, slopes, bias, sinks, tokens, 0.125, 30.0 * config.options, window
     decode.forward(query, cache, cache, *terms)
@@ -71,6 +71,7 @@ def test_compiles_without_spills(config):
     names = ["kv_cache_append_kernel", "decode_split_kernel", "decode_merge_kernel"]
     assert [row["kernel"] for row in rows] == names
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         assert row["STACK"] + row["LOCAL"] == 0, f"{config}: {row} has stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
 
@@ -83,3 +84,11 @@ def test_a_new_capacity_or_window_compiles_nothing():
         for capacity, tokens, window in ((8192, 1, 100), (160, 2, 7), (4112, 3, 0)):
             call(config, capacity, tokens, window)
         assert {kernel.hash for _, kernel in compiled} == first
+
+
+@pytest.mark.parametrize("batch, tokens", [(40_000, 1), (1, 70_000)], ids=["sequences", "tokens"])
+def test_many_sequences_or_tokens_fit_a_grid(batch, tokens):
+    """Compiling checks the grids; 2 KV heads a sequence."""
+    with launches_only_compile(90) as compiled:
+        call(Config(90, 64), capacity=max(16, tokens), tokens=tokens, batch=batch)
+    assert len(compiled) == 3

@@ -56,6 +56,7 @@ def rows_of(config: Config) -> list[dict]:
 @pytest.mark.parametrize("config", [*MAIN, *OTHER], ids=str)
 def test_compiles_without_spills(config):
     for row in rows_of(config):
+        assert not row["narrow"], f"{config}: {row}"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"
         if config in OTHER:
             continue

@@ -21,15 +21,16 @@ class Config:
     dtype: str = "bfloat16"
     table: bool = True
     causal: bool = False
+    dilation: int = 1
 
     def __str__(self):
         kernel = "x".join(map(str, self.kernel))
-        options = "-table" * self.table + "-causal" * self.causal
+        options = "-table" * self.table + "-causal" * self.causal + f"-dilation{self.dilation}" * (self.dilation > 1)
         return f"sm{self.arch}-D{self.head_dim}-{kernel}-{self.dtype}{options}"
 
 
 MAIN = [Config(arch, dim) for arch in (80, 90) for dim in (32, 64)]
-MAIN += [Config(80, 64, (3, 7, 7), causal=True), Config(90, 128, (63,), "float16", table=False)]
+MAIN += [Config(80, 64, (3, 7, 7), causal=True, dilation=2), Config(90, 128, (63,), "float16", table=False)]
 MORE = [Config(arch, dim) for arch in (80, 90) for dim in (128, 256)]
 MORE += [Config(arch, dim, table=False) for arch in (80, 90) for dim in (32, 64, 128, 256)]
 MORE += [Config(arch, dim, (3, 7, 7), "float16") for arch in (80, 90) for dim in (32, 64)]
@@ -55,7 +56,7 @@ def call(config: Config, side: int = 64, batch: int = 2):
     query, key, value = (torch.empty(shape, dtype=getattr(torch, config.dtype)) for _ in range(3))
     rows = torch.Size(2 * k - 1 for k in config.kernel).numel()
     table = torch.empty(rows, heads) if config.table else None
-    options = table, config.kernel, (1,) * axes, (int(config.causal),) * axes, 0.125
+    options = table, config.kernel, (config.dilation,) * axes, (int(config.causal),) * axes, 0.125
     out = neighborhood_attention.forward(query, key, value, *options)
     neighborhood_attention_backward.backward(out, query, key, value, *options, config.table)
 
@@ -71,6 +72,7 @@ def check(config: Config, stack: int = 0):
     rows = rows_of(config)
     assert len(rows) == (4 if config.table else 3)
     for row in rows:
+        assert not row["narrow"], f"{config}: {row}"
         spilled = row["STACK"] + row["LOCAL"]
         assert spilled <= stack, f"{config}: {row['kernel']} has {spilled} bytes of stack"
         assert row["shared"] <= SHARED_MEMORY[config.arch], f"{config}: {row}"

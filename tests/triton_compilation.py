@@ -14,6 +14,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+MOST_BLOCKS = 65_535  # of a grid along its second and third axis
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a block may have
 # What ptxas makes of PTX (a test says so). To disassemble every kernel would take longer than to compile it.
 MACHINE_NAMES = {r"\bwgmma\.mma_async\b": "HGMMA", r"\bmma\.sync\b": "HMMA", r"\bcp\.async\.c[ag]\b": "LDGSTS"}
@@ -36,13 +37,15 @@ class Driver:
 
 
 @contextlib.contextmanager
-def compiling(arch: int, *modules, **attributes):
-    """Yields the list of (kernel name, compiled kernel) of the launches inside, which `modules` make; `attributes` are
-    the answers of those functions of theirs that ask a device."""
+def compiling(arch: int, *modules, only: str = "", **attributes):
+    """Yields the list of (kernel name, compiled kernel) of the launches inside, which `modules` make, or of those of
+    the kernel `only`; `attributes` are the answers of those functions of theirs that ask a device."""
     compiled, run = [], triton.JITFunction.run
 
-    def compile_only(self, *args, warmup, **keywords):
-        compiled.append((self.__name__, run(self, *args, warmup=True, **keywords)))
+    def compile_only(self, *args, grid, warmup, **keywords):
+        assert all(blocks <= MOST_BLOCKS for blocks in grid[1:]), f"{self.__name__}: a grid of {grid}"
+        if only in ("", self.__name__):
+            compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **keywords)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
@@ -66,13 +69,30 @@ def disassemble(kernel, *options: str) -> str:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+def narrow_products(kernel) -> list[str]:
+    """Lines of Triton's own code that multiply the stride of a View, or of a map, in 32 bits: such an offset wraps past
+    2^31 elements."""
+    code = kernel.asm["ttir"]
+    arguments = re.findall(r'%(\w+): (\S+) [^%]*?loc\("(\w+)"', code[code.index("tt.func public") :].split("\n")[0])
+    tensors = {name for _, kind, name in arguments if kind.startswith("!tt.ptr")} - {"terms", "statistics"}
+    strides = {argument for argument, kind, name in arguments if name in tensors and kind == "i32"}
+    found = []
+    for line in code.splitlines():
+        if spread := re.match(r"\s*%(\w+) = tt\.(?:splat|broadcast|expand_dims) %(\w+)", line):
+            strides |= {spread[1]} if spread[2] in strides else set()
+        product = re.match(r"\s*%\w+ = arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32>)", line)
+        if product and strides & set(product.groups()):
+            found.append(line.strip())
+    return found
+
+
 def resources(compiled: list) -> list[dict]:
-    """Registers, bytes of stack and shared memory, and the instructions of MACHINE_NAMES, of each kernel."""
+    """Registers, bytes of stack and shared memory, instructions of MACHINE_NAMES and narrow products of each kernel."""
     rows = []
     for name, kernel in compiled:
         usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", disassemble(kernel, "-res-usage"))
         used = {machine for ptx, machine in MACHINE_NAMES.items() if re.search(ptx, kernel.asm["ptx"])}
         row = {"kernel": name, "shared": kernel.metadata.shared, "asynchronous": "LDGSTS" in used}
-        row["matrix"] = sorted(used - {"LDGSTS"})
+        row["matrix"], row["narrow"] = sorted(used - {"LDGSTS"}), narrow_products(kernel)
         rows.append({**row, **{field: int(number) for field, number in usage}})
     return rows

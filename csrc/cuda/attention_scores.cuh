@@ -131,7 +131,7 @@ __device__ __forceinline__ float Scores::full(float product, int query, int key)
   if (bias) s += bias[distance] * kLog2E;
   // The least number of a type is not -infinity: a row of nothing else weighs its keys alike. What is below -1e20 is one power of
   // two, which lse takes to the backward and back without a rounding.
-  const auto added = [&](float x) { return s + (x >= -1e20f ? x * kLog2E : x == -XF_INFINITY ? x : -0x1p126f); };
+  const auto added = [&](float x) { return s + (x < -1e20f ? (x == -XF_INFINITY ? x : -0x1p126f) : x * kLog2E); };
   if (mask) {
     const char* at = mask + (query * mask_q + key * mask_k) * mask_bytes();
     switch (mask_element) {
@@ -209,6 +209,11 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int flip = 16; flip > 0; flip /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, flip));
+  return x;
 }
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -18,6 +18,8 @@
 //
 // NOTES
 //   No GPU has run it: tests/cuda_emulation has, and it is compiled for sm_80, sm_89 and sm_90a (no spills in half precision).
+#include <type_traits>
+
 #include "attention_scores.cuh"
 #include "linear_attention.h"
 
@@ -36,7 +38,7 @@ struct Shape {
   static constexpr int kRowGroups = kChunk / 16, kPartsThere = kWarps / kRowGroups;
   static constexpr int kOutParts = kPartsThere < kColumns / 16 ? kPartsThere : kColumns / 16, kOutColumns = kColumns / kOutParts;
   static constexpr int kSharedBytes =
-      2 * DepthTile::kBytes + ColumnTile::kBytes + StateTile::kBytes + 4 * (2 * kChunk + kDepth);
+      2 * DepthTile::kBytes + ColumnTile::kBytes + StateTile::kBytes + 4 * (2 * kChunk + kDepth + kWarps);
   static_assert(kStateGroups <= kWarps && kRowGroups <= kWarps && kColumns <= kDepth);
 };
 
@@ -180,6 +182,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
   using T = typename Shape::T;
   constexpr int kChunk = Shape::kChunk, kColumns = Shape::kColumns, kThreads = Shape::kThreads;
   constexpr bool kState = kWalk == LinearWalk::kState, kFeatures = kWalk == LinearWalk::kFeatures;
+  // A sum over a long sequence may not fit float16: its tile is then divided by a power of two, which changes no digit.
+  constexpr bool kScaled = !kState && std::is_same<T, half>::value;
   const int segments = static_cast<int>(a.segments), stream = blockIdx.x / segments, segment = blockIdx.x % segments;
   const int column0 = blockIdx.y * kColumns, warp = warp_index(), g = lane_index() / 4;
   const LinearPlace place(a, stream);
@@ -189,6 +193,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
   const auto column_tile = shared.tile<typename Shape::ColumnTile>();
   const auto state_tile = shared.tile<typename Shape::StateTile>();
   const uint32_t left_bias = shared.next, depth_bias = left_bias + 4 * kChunk, total = depth_bias + 4 * kChunk;
+  const uint32_t largest = total + 4 * Shape::kDepth;  // number of each warp's part of the state
   const int state_row = warp % Shape::kStateGroups * 16, state_column = warp / Shape::kStateGroups * Shape::kStateDepth;
   const int out_row = warp % Shape::kRowGroups * 16, part = warp / Shape::kRowGroups, out_column = part * Shape::kOutColumns;
   const bool writes = part < Shape::kOutParts;
@@ -230,6 +235,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
     auto left_weight = [&](int row) { return a.decay ? weight_of(a.left.of_keys, row) : 1.f; };
     auto depth_weight = [&](int row) { return !depth.there(row) ? 0.f : a.decay ? weight_of(a.depth.of_keys, row) : 1.f; };
 
+    if constexpr (kScaled) {
+      float most = 0.f;
+      state.for_each([&](float& x, int, int) { most = fmaxf(most, fabsf(x)); });
+      most = warp_max(most);
+      if (lane_index() == 0) store_float(largest + 4 * warp, most);
+    }
     __syncthreads();  // nobody reads the last chunk's tiles any more
     if (!kState) left.template copy<kThreads>(left_tile);
     if (kState || a.causal) {
@@ -237,13 +248,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
       columns.template copy<kThreads>(column_tile);
     }
     commit_copies();
+    float factor = 1.f, inverse = 1.f;
+    if constexpr (kScaled) {
+      float most = 0.f;
+#pragma unroll
+      for (int i = 0; i < Shape::kWarps; ++i) most = fmaxf(most, load_float(largest + 4 * i));
+      if (most > 32768.f) {
+        const uint32_t bits = (__float_as_uint(most) & 0x7f800000u) - (14u << 23);
+        factor = __uint_as_float(bits), inverse = __uint_as_float((254u << 23) - bits);
+      }
+    }
     if (!kState) {
 #pragma unroll
       for (int j = 0; j < Shape::kStateDepth / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; e += 2)
-          store_two(state_tile.at(state_row + g + e / 2 * 8, state_column + 8 * j + 2 * (lane_index() % 4)), state.of[0][j][e],
-                    state.of[0][j][e + 1], T{});
+          store_two(state_tile.at(state_row + g + e / 2 * 8, state_column + 8 * j + 2 * (lane_index() % 4)),
+                    state.of[0][j][e] * inverse, state.of[0][j][e + 1] * inverse, T{});
     }
     for (int row = threadIdx.x; row < kChunk; row += kThreads) {
       if (!kState) store_float(left_bias + 4 * row, left.bias(row));
@@ -267,6 +288,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_walk_kernel(const _
         const float weight[2] = {left_weight(out_row + g), left_weight(out_row + g + 8)};
         add_product(out, left_tile, out_row, Part{state_tile.base + out_column * Part::kBytes / Part::kRows});
         out.for_each([&](float& x, int row, int column) {
+          x *= factor;
           if (kFeatures) x += load_float(left_bias + 4 * (out_row + row)) * load_float(total + 4 * (out_column + column));
           x *= weight[row / 8];
         });

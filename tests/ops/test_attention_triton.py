@@ -161,6 +161,31 @@ def test_dropout_bits_do_not_depend_on_the_tiling(p):
     assert torch.equal(out != 0, kept)
 
 
+def test_wide_float32_rows_are_multiplied_in_pieces(monkeypatch):
+    """A matrix unit truncates within one product: no product of attention sums more than 64 terms, but for the
+    gradients of masks and biases, whose kernels spill where they are cut."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    terms, create_dot = set(), InterpreterBuilder.create_dot
+
+    def recorded(self, a, b, *rest):
+        terms.add(a.data.shape[1])
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", recorded)
+    run(*inputs(1, 1, 1, 33, 33, 200), causal=True)
+    query, key, value = inputs(1, 2, 1, 3, 33, 256)
+    ours, exact = (
+        xformer_fast.decode_attention(query, key, value, torch.tensor([33]), backend=backend)
+        for backend in ("triton", "reference")
+    )
+    check_close(ours, exact, exact)
+    tensors = [torch.randn(1, 9, 1, 160, requires_grad=True) for _ in range(3)]
+    out = xformer_fast.neighborhood_attention(*tensors, 3, backend="triton")
+    torch.autograd.grad(out.square().sum(), tensors)
+    assert max(terms) <= 64
+
+
 def test_more_than_2_to_the_31_elements():
     """Rows 2^26 elements apart: offsets of the last rows do not fit 32 bits. Pages that nobody touches cost nothing."""
     rows, apart, dim = 40, 2**26, 8

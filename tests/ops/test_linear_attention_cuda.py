@@ -106,3 +106,20 @@ def test_the_same_bits_in_every_order(dtype):
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_float16_state_may_exceed_float16(causal):
+    """Sums of φ(k) vᵀ of 70,000 and more, of values that do not: every output and gradient is as small as they are."""
+    torch.manual_seed(0)
+    tensors = [torch.rand(1, 1, 200, 8), torch.rand(1, 1, 200, 8), 1000 + 50 * torch.rand(1, 1, 200, 8)]
+    results = []
+    for function, dtype in ((on_backend("cuda"), torch.float16), (reference.linear_attention, torch.float64)):
+        q, k, v = (t.half().to(dtype).requires_grad_() for t in tensors)
+        out, (state, _) = function(query=q, key=k, value=v, causal=causal, return_state=True)
+        assert state.max() > 7e4
+        results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+    (ours, *grads), (exact, *exact_grads) = results
+    assert (ours - exact).abs().max() <= 2 * 2**-11 * exact.abs().max()
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[2] - exact_grads[2]).abs().max() <= 4 * 2**-11 * exact_grads[2].abs().max()
