@@ -75,6 +75,13 @@ def test_cached_equals_whole(mixer, name, prefix):
     assert cache.lengths.tolist() == [6, 8]
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "linear"])
+def test_rows_change_places_before_the_first_token(mixer):
+    cache = decoder(mixer).new_cache(2, 16)
+    cache.reorder(torch.tensor([1, 0]))
+    assert cache.lengths.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("options", ["plain", "lengths", "mask", "bias", "cross"])
 def test_prefix_is_keys_and_values_before_the_rest(options):
     torch.manual_seed(0)
