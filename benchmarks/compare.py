@@ -35,7 +35,7 @@ def table_line(rows: list[dict[str, Any]]) -> str:
     ):
         value = ours.get(name, "")
         line += f"{form.format(value) if value != '' else '-':>{width}}"
-    return line
+    return line + (f"  {ours['reason']}" if ours["status"] == "ok" and ours.get("reason") else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
