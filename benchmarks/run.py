@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from xformer_fast import BackendUnavailable
+from xformer_fast.dispatch import TABLES
 
 from . import measure
 from .cases import OPS, select, sweep_cases
@@ -348,6 +349,39 @@ def listed(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def duration(text: str) -> float:
+    """An argparse type: seconds."""
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text}")
+    return seconds
+
+
+def count(text: str) -> int:
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def check_backends(names: Iterable[str], op: str = "attention") -> None:
+    """ValueError for a name that is no backend of the op: of `attention` where a benchmark has a name of its own."""
+    known = TABLES.get(op, TABLES["attention"]).names()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no backend {name!r} of {op}; there are {', '.join(known)}")
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """OSError where a file cannot be written; leaves none that was not there."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()
+    if new:
+        path.unlink()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def part(text):
         index, count = map(int, text.split("/"))
@@ -371,7 +405,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", type=part, default=(1, 1), metavar="I/N", help="every N-th case, starting at the I-th"
     )
     parser.add_argument(
-        "--seconds", type=float, default=None, help="timing per case, dtype and mode (default 3; --quick 1)"
+        "--seconds", type=duration, default=None, help="timing per case, dtype and mode (default 3; --quick 1)"
     )
     parser.add_argument("--allocator", choices=("default", "retain"), default="default",
                         help="retain: glibc keeps freed memory, so large results cost no page faults")  # fmt: skip
@@ -386,6 +420,7 @@ def peers_of(op: str, device: str, backends: Iterable[str | None] = (None,)) -> 
 
 def chosen_peers(op: str, device: str, *, backends: str | None, names: str | None, quick: bool) -> list[Peer]:
     ours = backends.split(",") if backends else [None]
+    check_backends(ours if backends else (), op)
     peers = peers_of(op, device, ours)
     if names is None and not quick:
         return peers
@@ -417,7 +452,9 @@ def execute(args: argparse.Namespace) -> int:
     try:
         peers = chosen_peers(args.op, args.device, backends=args.backend, names=args.peer, quick=args.quick)
         cases = select(args.op, device=args.device, names=args.case, quick=args.quick)
-    except ValueError as error:
+        if out := csv_path(args.out, args.op, args.device) if args.out else None:
+            check_writable(out)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if args.sweep:
@@ -427,7 +464,6 @@ def execute(args: argparse.Namespace) -> int:
         measure.retain_freed_memory()
     seconds = args.seconds if args.seconds is not None else (1.0 if args.quick else 3.0)
     settings = Settings(device=args.device, seconds=seconds, allocator=args.allocator)
-    out = csv_path(args.out, args.op, args.device) if args.out else None
     with contextlib.closing(CsvSink(out, append=args.append)) if out else contextlib.nullcontext() as sink:
         start = time.monotonic()
         rows = bench(args.op, cases[index - 1 :: count], dtypes=args.dtype, modes=args.mode, peers=peers,
