@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from xformer_fast import reference, testing
 
-from . import measure, plot
+from . import generation, measure, plot
 from .attention import AttentionCase
 from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
@@ -253,3 +254,20 @@ def test_the_rule_is_that_of_the_tests():
     expected = testing.measure(out, truth.expected["out"], truth.naive["out"], dtype=torch.float32)
     assert (error.max_abs, error.limit, error.rel_rms) == (expected.largest, expected.allowed, expected.relative_rms)
     assert not worst(truth.errors({"out": out * float("nan")})).ok
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_generation_of_other_tokens_gets_no_speed(same, monkeypatch):
+    given = iter(torch.arange(100))
+
+    def timed(model, inputs, cache):
+        return [1.0, 2.0, 3.0], torch.zeros(2) if same else next(given)[None]
+
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1))
+    monkeypatch.setattr(generation, "build", lambda *_: model)
+    monkeypatch.setattr(generation, "timed", timed)
+    monkeypatch.setattr(generation, "xformer_fast", SimpleNamespace(patch=lambda model: 1, unpatch=lambda model: None))
+    host, ours = generation.rows_of("llama", "float32", "dynamic", 2, 8)
+    assert host["tokens_per_s"] > 0 and host["same_tokens"] == ours["same_tokens"] == same
+    assert [ours[name] == "" for name in generation.SPEEDS] == [not same] * 5
+    assert ("no speed" in generation.line(ours)) == (not same) and "tokens/s" in generation.line(host)
