@@ -192,6 +192,7 @@ class Rope:
     query_positions, key_positions: int tensors (S,), (B, S), or (axes, B, S) with `sections`; by default query i stands
     at p_i (see `attention`) and key j at j.
     sections: with (axes, B, S) positions, how many of the R/2 angles follow each axis (M-RoPE, 2-D axial); sums to R/2.
+    Tables and positions must be on the query's device: a call moves nothing.
 
     Query and key are rotated once, in one pass before the attention kernel, whose backward keeps the rotated copies in
     place of the originals. Su et al., "RoFormer" (2021).
