@@ -2,10 +2,10 @@
 
     max|result - ref| <= 2 * max|naive - ref| + atol * max|ref|        for the output and for every gradient
 
-ref is the naive formula in float64 (`xformer_fast.reference`), naive is the plain formula in the case's own dtype, and
-atol is 1e-6 (float32), 1e-4 (float16) or 1e-3 (bfloat16). Large problems are checked on their last rows: the output
-gradient is zero elsewhere, so gradients of key and value are still checked everywhere, and the truth of 32k tokens fits
-into memory.
+The rule and its atol are those of `xformer_fast.testing`; ref is the naive formula in float64
+(`xformer_fast.reference`), naive the plain formula in the case's own dtype. Large problems are checked on their last
+rows: the output gradient is zero elsewhere, so gradients of key and value are still checked everywhere, and the truth
+of 32k tokens fits into memory.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from xformer_fast import reference
+from xformer_fast import reference, testing
 
 from .op import Op
 
-ATOL = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float64: 1e-12}
 FULL_CHECK = 1 << 27  # score elements; above it, the last rows are checked
 SPLIT = 1 << 25  # score elements held in float64 at a time
 
@@ -106,13 +105,9 @@ class Truth:
         ref = self.expected[name]
         if x.shape != ref.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(ref.shape)}")
-        if ref.numel() == 0:
-            return Error(name, 0.0, 0.0, 0.0, 0.0)
-        delta = x.double() - ref
-        naive = (self.naive[name] - ref).abs().max().item()
-        limit = 2 * naive + ATOL[x.dtype] * ref.abs().max().item()
-        rms = (delta.square().mean() / ref.square().mean().clamp(min=1e-300)).sqrt().item()
-        return Error(name, delta.abs().max().item(), naive, limit, rms)
+        naive = (self.naive[name] - ref).abs().max().item() if ref.numel() else 0.0
+        error = testing.measure(x, ref, self.naive[name], dtype=x.dtype)
+        return Error(name, error.largest, naive, error.allowed, error.relative_rms)
 
 
 def worst(errors: list[Error]) -> Error:

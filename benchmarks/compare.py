@@ -6,10 +6,12 @@ import argparse
 import sys
 from typing import Any
 
+import torch
+
 from . import compare_model
 from .cases import OPS, select
 from .op import DTYPES
-from .run import DEFAULT_MODES, OURS, Settings, bench, chosen_peers, failures, listed, quiet
+from .run import DEFAULT_MODES, OURS, Settings, bench, chosen_peers, duration, failures, listed, quiet
 
 HEAD = (
     f"{'case':<24}{'dtype':<10}{'mode':<6}"
@@ -35,7 +37,7 @@ def table_line(rows: list[dict[str, Any]]) -> str:
     ):
         value = ours.get(name, "")
         line += f"{form.format(value) if value != '' else '-':>{width}}"
-    return line
+    return line + (f"  {ours['reason']}" if ours["status"] == "ok" and ours.get("reason") else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", type=listed(DTYPES), default=("float32", "bfloat16"), metavar="T,...")
     parser.add_argument("--backend", default=None, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=0.7, help="timing per dtype and mode (default 0.7)")
+    parser.add_argument("--seconds", type=duration, default=0.7, help="timing per dtype and mode (default 0.7)")
     compare_model.add_arguments(parser)
     group = parser.add_argument_group("of an op")
     group.add_argument("--op", choices=list(OPS), default="attention")
@@ -53,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here", file=sys.stderr)
+        return 2
     if args.model:
         return compare_model.execute(args)
     quiet()

@@ -18,9 +18,11 @@ import argparse
 import ast
 import contextlib
 import importlib
+import inspect
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,45 +31,57 @@ from torch import Tensor, nn
 import xformer_fast
 
 from . import models
-from .run import csv_path, listed, quiet
+from .run import check_backends, check_writable, count, csv_path, listed, quiet
 
 Loaded = tuple[nn.Module, dict[str, Any] | None, str]  # model, its inputs if they came with it, library
 
 
 def overrides(text: str) -> dict[str, Any]:
     """From "a=1,b=[2,3],c=gelu": {"a": 1, "b": [2, 3], "c": "gelu"}."""
-    call = ast.parse(f"f({text})", mode="eval").body
-    if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
-        raise argparse.ArgumentTypeError("must be NAME=VALUE,...")
-    return {
-        word.arg: word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
-        for word in call.keywords
-    }
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+            raise ValueError
+        return {
+            word.arg: word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
+            for word in call.keywords
+        }
+    except (SyntaxError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE,..., got {text!r}") from None
 
 
 def load(name: str, config: dict[str, Any]) -> Loaded:
     """The model that a name stands for; ValueError where there is none."""
     folder = pathlib.Path(name)
     if folder.is_dir():
-        return _from_folder(folder, config), None, "transformers"
+        return _built(name, config, lambda: _from_folder(folder, config)), None, "transformers"
     if ":" in name:
         return *_from_function(name), "own"
     import transformers
 
     if name in transformers.CONFIG_MAPPING:
-        chosen = transformers.CONFIG_MAPPING[name](**config)
-        torch.manual_seed(0)
-        return transformers.AutoModel.from_config(chosen), None, "transformers"
+        kind = transformers.CONFIG_MAPPING[name]
+        make = lambda: transformers.AutoModel.from_config(kind(**config))  # noqa: E731
+        return _built(name, config, make), None, "transformers"
     if models.timm_is_there():
         import timm
 
         if timm.is_model(name):
-            torch.manual_seed(0)
-            return timm.create_model(name, pretrained=False, **config), None, "timm"
+            return _built(name, config, lambda: timm.create_model(name, pretrained=False, **config)), None, "timm"
     raise ValueError(
         f"no model {name!r}: not a folder, not module:function, not a model type of transformers (bert, gpt2, llama, "
         "t5, vit, ...) and not a model of timm" + ("" if models.timm_is_there() else ", which is not installed")
     )
+
+
+def _built(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
+    """What make gives; ValueError where it fails, for that is the config's doing."""
+    torch.manual_seed(0)
+    try:
+        return make()
+    except Exception as error:
+        given = f" with {', '.join(f'{n}={v}' for n, v in config.items())}" if config else ""
+        raise ValueError(f"{name} cannot be made{given}: {_line(error)}") from error
 
 
 def _from_folder(folder: pathlib.Path, overrides: dict[str, Any]) -> nn.Module:
@@ -79,7 +93,6 @@ def _from_folder(folder: pathlib.Path, overrides: dict[str, Any]) -> nn.Module:
     cls = next((cls for cls in named if cls is not None), transformers.AutoModel)
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return cls.from_pretrained(folder, config=config, local_files_only=True)
-    torch.manual_seed(0)
     return cls(config) if cls is not transformers.AutoModel else cls.from_config(config)
 
 
@@ -89,8 +102,9 @@ def _from_function(name: str) -> tuple[nn.Module, dict[str, Any] | None]:
         sys.path.insert(0, here)
     try:
         factory = getattr(importlib.import_module(module), function)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        inspect.signature(factory).bind()
+    except (ModuleNotFoundError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must name a function without arguments: {error}") from error
     made = factory()
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module) or not isinstance(inputs, dict | None):
@@ -134,6 +148,20 @@ def _takes(model: nn.Module, setting: str) -> bool:
         return False
 
 
+@torch.no_grad()
+def _try(model: nn.Module, inputs: dict[str, Any], device: str) -> None:
+    """ValueError where a model does not take the inputs made for it: it has no positions for so many tokens."""
+    model.to(device).eval()
+    try:
+        model(**{name: x.to(device) for name, x in inputs.items()})
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} fails on inputs of {shapes(inputs)}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def shapes(inputs: dict[str, Any]) -> str:
     return " ".join("x".join(map(str, x.shape)) for x in inputs.values() if isinstance(x, Tensor))
 
@@ -141,8 +169,8 @@ def shapes(inputs: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of a model")
     group.add_argument("--config", type=overrides, default={}, metavar="NAME=VALUE,...", help="changes to its config")
-    group.add_argument("--batch", type=int, default=1)
-    group.add_argument("--length", type=int, default=512, help="tokens (default 512)")
+    group.add_argument("--batch", type=count, default=1)
+    group.add_argument("--length", type=count, default=512, help="tokens (default 512)")
     group.add_argument("--mode", type=listed(models.MODES), default=models.MODES, metavar="fwd,both",
                        help="forward, training step (forward and backward); default: both of them")  # fmt: skip
     group.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-results/compare.csv"),
@@ -151,13 +179,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     quiet()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device here", file=sys.stderr)
-        return 2
     try:
+        check_backends([args.backend] if args.backend else ())
+        out = csv_path(args.out, "compare", args.device)
+        check_writable(out)
         model, inputs, library = load(args.model, args.config)
         if inputs is None:
             inputs = make_inputs(model, library, args.batch, args.length)
+            _try(model, inputs, args.device)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -168,7 +197,6 @@ def execute(args: argparse.Namespace) -> int:
     if library == "own" and hasattr(model, "set_attn_implementation"):
         library = "transformers"
     case = models.Case(args.model, lambda: (model, inputs), shapes(inputs), "all", settings(model), library, args.mode)
-    out = csv_path(args.out, "compare", args.device)
     print(f"\n{models.HEAD}")
     start = time.monotonic()
     with contextlib.closing(models.ModelsCsv(out, append=True)) as sink:

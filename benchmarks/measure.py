@@ -176,46 +176,56 @@ def _best(call: Callable[[], Any], device: str, times: int = 5) -> float:
     return min(clock.measure(call, 1) for _ in range(times))
 
 
-_ceilings: dict[tuple[str, torch.dtype], Ceiling] = {}
+READINGS = 4  # of a ceiling, short ones: the busy moments of a shared machine last longer
+FMA_S = 0.04
+_highest_flops: dict[tuple[str, torch.dtype], tuple[float, str]] = {}  # what this process has seen so far
+_highest_gbps: dict[str, float] = {}
+_cpu_memory: list[torch.Tensor] = []  # read for the bandwidth: fetching its pages anew would take longer than reading
 
 
-def ceiling(device: str, dtype: torch.dtype) -> Ceiling:
-    """What this machine reaches in this process: multiply-adds in the unit that serves `dtype`, and memory bandwidth.
+def ceiling(device: str, dtype: torch.dtype, readings: int = READINGS) -> Ceiling:
+    """The most that this machine has reached in this process: multiply-adds in the unit of `dtype`, and reading memory.
 
-    On a CPU float16 is stored, computed in float32: its ceiling is float32's."""
-    if (device, dtype) not in _ceilings:
-        with torch.no_grad():
-            gflops, source = _cuda_flops(dtype) if device == "cuda" else _cpu_flops(dtype)
-            _ceilings[device, dtype] = Ceiling(gflops, source, _bandwidth(device))
-    return _ceilings[device, dtype]
+    Every call measures again: a machine that is busy at one call is not at another. On a CPU float16 is stored,
+    computed in float32: its ceiling is float32's."""
+    dtype = torch.float32 if device == "cpu" and dtype is torch.float16 else dtype
+    with torch.no_grad():
+        flops = _cuda_flops(dtype, readings) if device == "cuda" else _cpu_flops(dtype, readings)
+        gbps = _bandwidth(device, readings)
+    flops = _highest_flops[device, dtype] = max(flops, _highest_flops.get((device, dtype), flops))
+    gbps = _highest_gbps[device] = max(gbps, _highest_gbps.get(device, gbps))
+    return Ceiling(*flops, gbps)
 
 
-def _matmul_gflops(dtype: torch.dtype, device: str, n: int) -> float:
+def _matmul_gflops(dtype: torch.dtype, device: str, n: int, readings: int) -> float:
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / _best(lambda: a @ a, device) / 1e9
+    return 2 * n**3 / _best(lambda: a @ a, device, readings) / 1e9
 
 
-def _cuda_flops(dtype: torch.dtype) -> tuple[float, str]:
+def _cuda_flops(dtype: torch.dtype, readings: int) -> tuple[float, str]:
     name = str(dtype).removeprefix("torch.")
-    return _matmul_gflops(dtype, "cuda", 8192), f"matmul {name} 8192"
+    return _matmul_gflops(dtype, "cuda", 8192, readings), f"matmul {name} 8192"
 
 
-def _cpu_flops(dtype: torch.dtype) -> tuple[float, str]:
-    dtype = torch.float32 if dtype is torch.float16 else dtype
+def _cpu_flops(dtype: torch.dtype, readings: int) -> tuple[float, str]:
     name = str(dtype).removeprefix("torch.")
     try:
         from xformer_fast.build_info import fma_gflops
     except ImportError:
-        return _matmul_gflops(dtype, "cpu", 2048), f"matmul {name} 2048"
-    measured = max(fma_gflops(name) or 0.0 for _ in range(3))
+        return _matmul_gflops(dtype, "cpu", 2048, readings), f"matmul {name} 2048"
+    measured = max(fma_gflops(name, FMA_S) or 0.0 for _ in range(readings))
     if measured:
         return measured, f"fma loop {name}"
-    return _matmul_gflops(dtype, "cpu", 2048), f"matmul {name} 2048"
+    return _matmul_gflops(dtype, "cpu", 2048, readings), f"matmul {name} 2048"
 
 
-def _bandwidth(device: str) -> float:
-    x = torch.zeros((4 << 30 if device == "cuda" else 256 << 20) // 4, device=device)
-    return x.numel() * 4 / _best(x.sum, device) / 1e9
+def _bandwidth(device: str, readings: int) -> float:
+    if device == "cuda":
+        x = torch.zeros((4 << 30) // 4, device=device)
+    else:
+        _cpu_memory[:] = _cpu_memory or [torch.ones((256 << 20) // 4)]
+        x = _cpu_memory[0]
+    return x.numel() * 4 / _best(x.sum, device, readings) / 1e9
 
 
 def _cpu_name() -> str:

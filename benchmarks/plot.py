@@ -40,7 +40,10 @@ STYLE = {
     "flex": (GREY, "X", "FlexAttention"),
 }
 MODE_TITLE = {"fwd": "forward", "bwd": "backward", "both": "training step"}
-NUMBERS = ("ms", "vs_sdpa", "vs_best_peer", "gflops", "fraction_of_ceiling", "ceiling_gflops", "peak_memory_mib")
+NUMBERS = (
+    "ms", "vs_sdpa", "vs_best_peer", "gflops", "gbps", "fraction_of_ceiling", "ceiling_gflops", "ceiling_gbps",
+    "peak_memory_mib",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -65,10 +68,12 @@ def read(path: pathlib.Path) -> list[Row]:
         for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None
         row["label"] = row["case"] if row["op"] == "attention" else f"{row['op']}: {row['case']}"
-    for row in rows:  # a busy moment reads the ceiling too low: the highest reading of a dtype is the machine's
+    for row in rows:  # a busy moment reads the ceiling too low: the highest reading (of a dtype) is the machine's
         if row["bound"] == "compute" and row["gflops"] and row["ceiling_gflops"]:
             highest = max(r["ceiling_gflops"] or 0 for r in rows if r["dtype"] == row["dtype"])
             row["fraction_of_ceiling"] = row["gflops"] / highest
+        elif row["bound"] == "memory" and row["gbps"] and row["ceiling_gbps"]:
+            row["fraction_of_ceiling"] = row["gbps"] / max(r["ceiling_gbps"] or 0 for r in rows)
     return rows
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.run --device cuda --part 1/4 --append --out results.csv
 
 A result outside the error rule of `check.py` gets no speed, whoever made it. A row's `status` is ok, wrong (outside the
-rule), skipped (`reason` says why the peer cannot) or error (`reason` is what it raised). Exit status 1 if xformer_fast
+rule), skipped (`reason` says why the peer cannot) or error (`reason` is what it raised). A row that is ok has a
+`reason` only if it is above the ceiling, the highest reading of the process so far. Exit status 1 if xformer_fast
 itself was wrong or raised anything but "this backend cannot run this call".
 
 `--out` is a CSV, or a folder: then the rows go to <folder>/<device>/<op>.csv.
@@ -31,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from xformer_fast import BackendUnavailable
+from xformer_fast.dispatch import TABLES
 
 from . import measure
 from .cases import OPS, select, sweep_cases
@@ -47,6 +49,7 @@ COLUMNS = [
     "peak_memory_mib", "allocator",
 ]  # fmt: skip
 OURS = "xformer_fast"
+ABOVE = "above the ceiling: the data fit into a cache, or the ceiling was read at a busy moment"
 DEFAULT_MODES = ("fwd", "both")
 
 
@@ -104,6 +107,7 @@ class Cell:
         self.truth, self.settings = truth, settings
         self.grad = mode != "fwd"
         self.wrt = truth.wrt if self.grad else []
+        self.gradient: torch.Tensor | None = None  # what timed backward passes start from
         self.inputs = {
             name: x.detach().requires_grad_(name in self.wrt) if isinstance(x, torch.Tensor) else x
             for name, x in truth.inputs.items()
@@ -163,7 +167,10 @@ class Cell:
         if self.grad:
             grads = torch.autograd.grad(out, wrt, self.truth.output_gradient(out), retain_graph=self.mode == "bwd")
             results |= dict(zip(self.wrt, grads, strict=True))
-            grad_out = torch.randn_like(out)
+            if self.gradient is None:
+                generator = torch.Generator(out.device).manual_seed(2)
+                self.gradient = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+            grad_out = torch.empty_like(out).copy_(self.gradient)  # one for all peers, in the order that each writes
             if self.mode == "bwd":
                 candidate.call = lambda: torch.autograd.grad(out, wrt, grad_out, retain_graph=True)
             else:
@@ -186,11 +193,12 @@ class Cell:
         times = {row["peer"]: row["ms"] for row in rows}
         others = {row["peer"]: row["ms"] for row in rows if not _is_ours(row)}
         best = min(others, key=others.get) if others else ""
-        ceiling = measure.ceiling(self.settings.device, self.dtype)
         work = self.op.work(self.case, self.dtype.itemsize).of(self.mode)
-        compute_s, memory_s = work.flops / (ceiling.gflops * 1e9), work.bytes / (ceiling.gbps * 1e9)
+        ceiling, compute_s, memory_s = self._ceiling(work, min(times.values()) * 1e-3)
         for row in rows:
             seconds = row["ms"] * 1e-3
+            if max(compute_s, memory_s) > seconds:
+                row["reason"] = ABOVE
             row |= dict(
                 vs_naive=times["naive"] / row["ms"] if "naive" in times else "",
                 vs_sdpa=times["sdpa"] / row["ms"] if "sdpa" in times else "",
@@ -204,6 +212,17 @@ class Cell:
                 ceiling_source=ceiling.source,
                 ceiling_gbps=ceiling.gbps,
             )
+
+    def _ceiling(self, work: Any, fastest_s: float) -> tuple[measure.Ceiling, float, float]:
+        """With the seconds that computing and reading take at it; measured again where a call took less."""
+        readings = measure.READINGS if self.settings.seconds else 1
+        for _ in range(3):
+            ceiling = measure.ceiling(self.settings.device, self.dtype, readings)
+            compute_s, memory_s = work.flops / (ceiling.gflops * 1e9), work.bytes / (ceiling.gbps * 1e9)
+            if max(compute_s, memory_s) <= fastest_s:
+                break
+            readings *= 2
+        return ceiling, compute_s, memory_s
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
@@ -224,6 +243,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
             f"  {row['peer']:<16}{row['ms']:10.4f} ms [{row['p20_ms']:.4f}, {row['p80_ms']:.4f}] {amount} "
             f"{100 * row['fraction_of_ceiling']:4.0f}% {ratio} {memory}  "
             f"error {row['max_abs_error']:.1e} of {row['error_limit']:.1e}"
+            + (f"  {row['reason']}" if row.get("reason") else "")
         )
     return "\n".join(lines)
 
@@ -329,6 +349,39 @@ def listed(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def duration(text: str) -> float:
+    """An argparse type: seconds."""
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text}")
+    return seconds
+
+
+def count(text: str) -> int:
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def check_backends(names: Iterable[str], op: str = "attention") -> None:
+    """ValueError for a name that is no backend of the op: of `attention` where a benchmark has a name of its own."""
+    known = TABLES.get(op, TABLES["attention"]).names()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no backend {name!r} of {op}; there are {', '.join(known)}")
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """OSError where a file cannot be written; leaves none that was not there."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()
+    if new:
+        path.unlink()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def part(text):
         index, count = map(int, text.split("/"))
@@ -352,7 +405,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", type=part, default=(1, 1), metavar="I/N", help="every N-th case, starting at the I-th"
     )
     parser.add_argument(
-        "--seconds", type=float, default=None, help="timing per case, dtype and mode (default 3; --quick 1)"
+        "--seconds", type=duration, default=None, help="timing per case, dtype and mode (default 3; --quick 1)"
     )
     parser.add_argument("--allocator", choices=("default", "retain"), default="default",
                         help="retain: glibc keeps freed memory, so large results cost no page faults")  # fmt: skip
@@ -367,6 +420,7 @@ def peers_of(op: str, device: str, backends: Iterable[str | None] = (None,)) -> 
 
 def chosen_peers(op: str, device: str, *, backends: str | None, names: str | None, quick: bool) -> list[Peer]:
     ours = backends.split(",") if backends else [None]
+    check_backends(ours if backends else (), op)
     peers = peers_of(op, device, ours)
     if names is None and not quick:
         return peers
@@ -398,7 +452,9 @@ def execute(args: argparse.Namespace) -> int:
     try:
         peers = chosen_peers(args.op, args.device, backends=args.backend, names=args.peer, quick=args.quick)
         cases = select(args.op, device=args.device, names=args.case, quick=args.quick)
-    except ValueError as error:
+        if out := csv_path(args.out, args.op, args.device) if args.out else None:
+            check_writable(out)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if args.sweep:
@@ -408,7 +464,6 @@ def execute(args: argparse.Namespace) -> int:
         measure.retain_freed_memory()
     seconds = args.seconds if args.seconds is not None else (1.0 if args.quick else 3.0)
     settings = Settings(device=args.device, seconds=seconds, allocator=args.allocator)
-    out = csv_path(args.out, args.op, args.device) if args.out else None
     with contextlib.closing(CsvSink(out, append=args.append)) if out else contextlib.nullcontext() as sink:
         start = time.monotonic()
         rows = bench(args.op, cases[index - 1 :: count], dtypes=args.dtype, modes=args.mode, peers=peers,

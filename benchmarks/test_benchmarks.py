@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from xformer_fast import reference
+from xformer_fast import reference, testing
 
-from . import measure, plot
+from . import generation, measure, plot
 from .attention import AttentionCase
 from .cases import OPS, select, sweep_cases
 from .check import Truth, worst
@@ -23,7 +24,7 @@ from .naive import keep_mask
 from .neighborhood_attention import NeighborhoodCase
 from .op import DTYPES
 from .peers import SDPA, Naive, Peer, Prepared, SDPAChunks, XformerFast
-from .run import COLUMNS, CsvSink, Settings, bench, failures, peers_of
+from .run import ABOVE, COLUMNS, Cell, CsvSink, Settings, bench, failures, format_rows, peers_of
 
 
 def tiny(case: AttentionCase) -> AttentionCase:
@@ -225,3 +226,76 @@ def test_a_gpu_is_busy_while_the_host_launches(monkeypatch):
 def test_unknown_case_names_those_there_are():
     with pytest.raises(ValueError, match="full_2048_d64"):
         select("attention", names="no_such_case")
+
+
+def test_a_ceiling_is_the_highest_reading_so_far(monkeypatch):
+    flops, gbps = iter([(50.0, "loop"), (90.0, "loop"), (70.0, "loop")]), iter([4.0, 3.0, 5.0])
+    monkeypatch.setattr(measure, "_highest_flops", {})
+    monkeypatch.setattr(measure, "_highest_gbps", {})
+    monkeypatch.setattr(measure, "_cpu_flops", lambda *_: next(flops))
+    monkeypatch.setattr(measure, "_bandwidth", lambda *_: next(gbps))
+    seen = [measure.ceiling("cpu", dtype) for dtype in (torch.float32, torch.float16, torch.float32)]
+    assert [(c.gflops, c.gbps) for c in seen] == [(50.0, 4.0), (90.0, 4.0), (90.0, 5.0)]
+
+
+@pytest.mark.parametrize("rise", [1, 1e12])
+def test_a_fraction_above_1_is_measured_again_and_said(rise, monkeypatch):
+    readings = []
+
+    def ceiling(device, dtype, count):
+        readings.append(count)
+        return measure.Ceiling(1e-6 * rise ** (len(readings) - 1), "loop", 1e-6 * rise ** (len(readings) - 1))
+
+    monkeypatch.setattr(measure, "ceiling", ceiling)
+    settings = Settings(seconds=0.01, memory=False)
+    rows = bench(
+        "attention", [SMALL], dtypes=["float32"], modes=["fwd"], peers=[Naive()], settings=settings, show=False
+    )
+    assert len(readings) == (3 if rise == 1 else 2) and readings[1] > readings[0]
+    (row,) = rows
+    assert row["status"] == "ok" and (row["fraction_of_ceiling"] > 1) == (rise == 1)
+    assert (row.get("reason") == ABOVE) == (rise == 1) and (ABOVE in format_rows(rows)) == (rise == 1)
+
+
+def test_all_peers_start_backward_from_one_gradient(monkeypatch):
+    """The first call of a peer is judged, the second is what would be timed."""
+    used, grad = [], torch.autograd.grad
+
+    def spy(outputs, inputs, grad_outputs=None, **options):
+        used.append(grad_outputs)
+        return grad(outputs, inputs, grad_outputs, **options)
+
+    inputs = OPS["attention"].inputs(SMALL, torch.float32)
+    truth = Truth("attention", OPS["attention"], SMALL, inputs, with_grads=True)
+    cell = Cell("attention", SMALL, "float32", "both", truth, Settings(seconds=0, memory=False))
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    for peer in (Naive(), SDPA()):
+        cell._check(peer, {}).call()
+    assert len(used) == 4 and torch.equal(used[1], used[3]) and not torch.equal(used[0], used[1])
+
+
+def test_the_rule_is_that_of_the_tests():
+    op, inputs = OPS["attention"], OPS["attention"].inputs(SMALL, torch.float32)
+    truth = Truth("attention", op, SMALL, inputs, with_grads=False)
+    out = reference.attention(**inputs)
+    (error,) = truth.errors({"out": out})
+    expected = testing.measure(out, truth.expected["out"], truth.naive["out"], dtype=torch.float32)
+    assert (error.max_abs, error.limit, error.rel_rms) == (expected.largest, expected.allowed, expected.relative_rms)
+    assert not worst(truth.errors({"out": out * float("nan")})).ok
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_generation_of_other_tokens_gets_no_speed(same, monkeypatch):
+    given = iter(torch.arange(100))
+
+    def timed(model, inputs, cache):
+        return [1.0, 2.0, 3.0], torch.zeros(2) if same else next(given)[None]
+
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1))
+    monkeypatch.setattr(generation, "build", lambda *_: model)
+    monkeypatch.setattr(generation, "timed", timed)
+    monkeypatch.setattr(generation, "xformer_fast", SimpleNamespace(patch=lambda model: 1, unpatch=lambda model: None))
+    host, ours = generation.rows_of("llama", "float32", "dynamic", 2, 8)
+    assert host["tokens_per_s"] > 0 and host["same_tokens"] == ours["same_tokens"] == same
+    assert [ours[name] == "" for name in generation.SPEEDS] == [not same] * 5
+    assert ("no speed" in generation.line(ours)) == (not same) and "tokens/s" in generation.line(host)

@@ -294,8 +294,10 @@ def arguments(case: Case, tensors: dict[str, Tensor], exact: bool) -> dict:
     """The keyword arguments of the public function, with `tensors` in place of the case's."""
     keywords = {**case.options, **tensors}
     if "rope" in keywords:
-        cos, sin, options = keywords["rope"]
-        keywords["rope"] = xformer_fast.Rope(*((cos.double(), sin.double()) if exact else (cos, sin)), **options)
+        device, (cos, sin, options) = tensors["query"].device, keywords["rope"]
+        tables = (table.to(device, torch.float64 if exact else table.dtype) for table in (cos, sin))
+        options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
+        keywords["rope"] = xformer_fast.Rope(*tables, **options)
     if "relative_bias" in tensors:
         kind, options = case.options["relative_bias"]
         make = xformer_fast.DistanceBias if kind == "distance" else xformer_fast.T5Bias

@@ -92,6 +92,17 @@ def test_instruction_sets(monkeypatch):
     assert build_info.selected_isa() == usable[-1]
 
 
+@needs_kernels
+def test_an_instruction_set_that_is_not_there_is_told():
+    def warnings_at_import(level):
+        environment = {**os.environ, "XFORMER_FAST_ISA": level}
+        command = [sys.executable, "-c", "import xformer_fast"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert "XFORMER_FAST_ISA=avx3 is ignored" in warnings_at_import("avx3")
+    assert "XFORMER_FAST_ISA" not in warnings_at_import("portable")
+
+
 def hot_loops(disassembly: str):
     """(function, instructions) of every innermost loop that holds at least two multiply-adds."""
     for function in re.split(r"\n(?=[0-9a-f]+ <.*>:\n)", disassembly):

@@ -42,6 +42,28 @@ def test_generation_equals_attention_of_the_whole(page_size, dtype, options):
     assert cache.lengths.tolist() == [40, 40] and cache.length(1) == 40
 
 
+@pytest.mark.parametrize("name", ["distance", "positions"])
+@pytest.mark.parametrize("tokens", [8, 20])  # through decode_attention either way: attention takes these otherwise
+def test_prompts_with_options_that_attention_takes_otherwise(tokens, name):
+    """A DistanceBias is as long as the cache's capacity; query_positions of a Rope serve the new keys too."""
+    query, key, value = sequence(2, tokens)
+    angles = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    places, bias = 3 + 2 * torch.arange(tokens), torch.randn(4, tokens + 29)
+    made = {
+        "distance": {"relative_bias": xformer_fast.DistanceBias(bias)},
+        "positions": {"rope": xformer_fast.Rope(angles.cos(), angles.sin(), query_positions=places)},
+    }[name]
+    both = {
+        "distance": {"relative_bias": xformer_fast.DistanceBias(bias[:, 30 - tokens : 29 + tokens])},
+        "positions": {
+            "rope": xformer_fast.Rope(angles.cos(), angles.sin(), query_positions=places, key_positions=places)
+        },
+    }[name]
+    cache = KVCache(2, 2, 32, 30)
+    out = cache.attend(query, key, value, **made)
+    torch.testing.assert_close(out, xformer_fast.attention(query, key, value, causal=True, **both))
+
+
 @pytest.mark.parametrize("page_size", [None, 8])
 def test_sequences_come_and_go(page_size):
     """Three sequences of different lengths, one ended and another begun in its place: each sees its own keys alone."""

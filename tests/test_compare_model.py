@@ -124,6 +124,32 @@ def test_what_is_no_model_is_told(model, told, tmp_path, factories, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "model, options, told",
+    [
+        ("bert", ["--config", "a b"], "must be NAME=VALUE,..., got 'a b'"),
+        ("bert", ["--config", "a=b()"], "must be NAME=VALUE,..., got 'a=b()'"),
+        ("bert", ["--config", "hidden_size=banana"], "bert cannot be made with hidden_size=banana"),
+        ("bert", ["--config", TINY, "--length", "600"], "BertModel fails on inputs of 1x600"),
+        ("bert", ["--length", "-3"], "must be at least 1, got -3"),
+        ("bert", ["--batch", "0"], "must be at least 1, got 0"),
+        ("bert", ["--seconds", "nan"], "got nan"),
+        ("bert", ["--backend", "foo"], "no backend 'foo' of attention; there are"),
+        ("bert", ["--out", "/dev/null/compare.csv"], "/dev/null"),
+        ("math:pi", [], "math:pi must name a function without arguments"),
+        ("math:sqrt", [], "math:sqrt must name a function without arguments"),
+        (".math:f", [], ".math:f must name a function"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(model, options, told, tmp_path, capsys):
+    try:
+        status, rows = compare(tmp_path, model, *options)
+    except SystemExit as left:  # argparse's way
+        status, rows = left.code, []
+    errors = capsys.readouterr().err
+    assert (status, rows) == (2, []) and told in errors.splitlines()[-1] and "Traceback" not in errors
+
+
 def test_a_model_without_attention(tmp_path, factories, capsys):
     assert compare(tmp_path, f"{factories}:linear") == (1, [])
     assert "holds no attention" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the public modules run and show what they say."""
+"""The examples in the docstrings of every module run and show what they say; every public name is documented."""
 
 import doctest
 import importlib
@@ -6,44 +6,32 @@ import pkgutil
 
 import pytest
 
-from xformer_fast import models
+import xformer_fast
 
+HOSTS = ("peft", "timm", "transformers")  # modules about them need them
 MODULES = [
-    "",
-    ".cache",
-    ".ops.attention",
-    ".ops.decode_attention",
-    ".feature_maps",
-    ".ops.linear_attention",
-    ".ops.neighborhood_attention",
-    ".ops.rope",
-    ".positions",
-    ".rope",
-    ".layers",
-    ".mixers",
-    ".training",
-    ".tuning",
-    ".frontends",
-    ".checkpoints",
-    ".generation",
-    *(f".models.{module.name}" for module in pkgutil.iter_modules(models.__path__)),
-    ".information",
-    ".reference",
-    ".dispatch",
-    ".testing",
-    ".build_info",
+    "xformer_fast",
+    *(m.name for m in pkgutil.walk_packages(xformer_fast.__path__, "xformer_fast.") if "._" not in m.name),
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    module = importlib.import_module(f"xformer_fast{name}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in HOSTS:
+            raise
+        pytest.skip(f"{error.name} is not installed")
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert not failed
 
 
-def test_public_functions_have_documentation():
-    import xformer_fast
+def test_every_module_is_looked_at():
+    assert {"xformer_fast.ops.window_attention", "xformer_fast.integrations.transformers"} <= set(MODULES)
 
-    for name in ("attention", "scaled_dot_product_attention", "varlen_attention", "alibi_slopes", "explain", "info"):
-        assert len(getattr(xformer_fast, name).__doc__) > 40
+
+@pytest.mark.parametrize("name", xformer_fast.__all__)
+def test_public_names_have_documentation(name):
+    assert len(getattr(xformer_fast, name).__doc__ or "") > 40
+    assert name in dir(xformer_fast)

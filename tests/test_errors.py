@@ -9,6 +9,7 @@ from xformer_fast import BackendUnavailable, DistanceBias, Rope, T5Bias, dispatc
 BACKENDS = ["reference"] + ["cpu"] * (dispatch.build_problem() is None)
 Q, K, V = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
 ROWS = torch.ones(2, 4, 6, 3)  # of a map of 3 x 3 keys
+META = torch.ones(4, 14, device="meta")
 LONG, SHORT = torch.ones(100, 2), torch.ones(8, 2)
 
 
@@ -63,6 +64,11 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "rope_type": ({"rope": (SHORT, SHORT)}, TypeError, "rope must be"),
     "rope_wide": ({"rope": Rope(torch.ones(9, 5), torch.ones(9, 5))}, ValueError, "rope rotates 10 channels"),
     "rope_short": ({"rope": Rope(SHORT, SHORT)}, ValueError, "rope: tables of 8 positions"),
+    "rope_device": ({"rope": Rope(LONG, LONG.to("meta"))}, ValueError, "rope: sin is on meta, query on cpu"),
+    "rope_positions_device": (
+        {"rope": Rope(LONG, LONG, key_positions=torch.arange(9, device="meta"))},
+        ValueError, "rope: key_positions is on meta",
+    ),
     "rope_before_zero": ({"key": K[:, :, :5], "value": V[:, :, :5], "rope": Rope(LONG, LONG)}, ValueError, "rope"),
     "rope_positions_shape": (
         {"rope": Rope(LONG, LONG, query_positions=torch.zeros(1, dtype=torch.int64))}, ValueError, "query_positions",
@@ -78,6 +84,10 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     ),
     "bias_type": ({"relative_bias": torch.ones(4, 14)}, TypeError, "relative_bias must be"),
     "bias_heads": ({"relative_bias": T5Bias(torch.ones(32, 3))}, ValueError, "relative_bias has 3 heads"),
+    "bias_device": ({"relative_bias": DistanceBias(META)}, ValueError, "relative_bias: values is on meta"),
+    "bias_dtype": ({"relative_bias": DistanceBias(META.int())}, TypeError, "relative_bias: values must be a float"),
+    "t5_device": ({"relative_bias": T5Bias(META.mT)}, ValueError, "relative_bias: table is on meta"),
+    "t5_dtype": ({"relative_bias": T5Bias(META.mT.long())}, TypeError, "relative_bias: table must be a float"),
     "bias_length": ({"relative_bias": DistanceBias(torch.ones(4, 13))}, ValueError, "relative_bias: values must have"),
     "map_type": ({"decomposed_bias": torch.ones(2, 4, 6, 3)}, TypeError, "decomposed_bias must be a pair"),
     "map_number": ({"decomposed_bias": (ROWS,)}, TypeError, "decomposed_bias must be a pair"),
@@ -130,6 +140,13 @@ PACKED = {
     "lengths_beyond": ({"key_lengths": torch.tensor([11, 20])}, ValueError, r"key_lengths\[0\] is 11"),
     "lengths_shape": ({"key_lengths": torch.tensor([1, 2, 3])}, ValueError, "key_lengths must have shape"),
     "bias_kind": ({"relative_bias": DistanceBias(torch.ones(2, 59))}, TypeError, "relative_bias must be a T5Bias"),
+    "bias_device": (
+        {"relative_bias": T5Bias(torch.empty(32, 2, device="meta"))}, ValueError, "relative_bias: table is on meta",
+    ),
+    "bias_dtype": (
+        {"relative_bias": T5Bias(torch.ones(32, 2).int())}, TypeError, "relative_bias: table must be a float",
+    ),
+    "rope_device": ({"rope": Rope(LONG.to("meta"), LONG)}, ValueError, "rope: cos is on meta, query on cpu"),
     "rope_before_zero": (
         {"cu_seqlens_k": offsets(0, 5, 30), "max_seqlen_k": 25, "rope": Rope(LONG, LONG)}, ValueError, "rope",
     ),

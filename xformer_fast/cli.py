@@ -24,7 +24,7 @@ def _benchmarks(module: str):
             try:
                 return importlib.import_module(f"benchmarks.{module}")
             except ModuleNotFoundError as error:
-                sys.exit(f"benchmarks need {error.name}: pip install 'xformer_fast[bench]'")
+                sys.exit(f"benchmarks need {error.name}: pip install '.[bench]' in the checkout")
     return None
 
 
@@ -46,13 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="info|bench|compare")
     info = commands.add_parser("info", help="ops, backends, and why one does not run here")
     info.set_defaults(run=_info)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, module, text in (
         ("bench", "run", "time cases beside other implementations, correctness first, rows into a CSV"),
         ("compare", "compare", "a model before and after patch: equal results, speed, memory; or the same of an op"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=_missing)
-        if name in argv[:1]:  # importing torch and the cases takes seconds: only for the command that is asked for
+        if name == chosen:  # importing torch and the cases takes seconds: only for the command that is asked for
             benchmark = _benchmarks(module)
             if benchmark:
                 benchmark.add_arguments(command)

@@ -2,19 +2,23 @@
 
 Environment variables: XFORMER_FAST_BACKEND names the backend of every call that names none. Lengths, offsets, positions
 and page indices are checked by the CPU's kernels; GPU kernels clamp them, so that nothing waits for a GPU, and
-XFORMER_FAST_CHECK=1 has eager calls wait, read them first, and raise the CPU's ValueError.
+XFORMER_FAST_CHECK=1 has eager calls wait, read them first, and raise the CPU's ValueError. XFORMER_FAST_ISA lowers the
+instruction set of the CPU's kernels; a name that is none of this CPU's is ignored, with a warning at import.
 """
 
 import functools
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import build_info
 
 TABLES: dict[str, "Table"] = {}
 # Read once: a graph must not depend on the environment.
@@ -106,6 +110,10 @@ def build_problem() -> str | None:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} does not load: {error}"
+    forced = os.environ.get("XFORMER_FAST_ISA")
+    if forced and forced not in (usable := build_info.usable_isa_levels()):
+        message = f"XFORMER_FAST_ISA={forced} is ignored: this build and CPU have {', '.join(usable)}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return None
 
 

@@ -79,7 +79,8 @@ class LinearState:
         self.state: tuple[Tensor, Tensor] | None = None
 
     def reorder(self, rows: Tensor):
-        self.state = tuple(x[rows] for x in self.state)
+        if self.state is not None:  # nothing before the first step
+            self.state = tuple(x[rows] for x in self.state)
 
 
 class WindowMixer(nn.Module):

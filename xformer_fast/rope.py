@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .ops import checks
 from .ops import rope as rope_op
 
 
@@ -191,6 +192,7 @@ class Rope:
     query_positions, key_positions: int tensors (S,), (B, S), or (axes, B, S) with `sections`; by default query i stands
     at p_i (see `attention`) and key j at j.
     sections: with (axes, B, S) positions, how many of the R/2 angles follow each axis (M-RoPE, 2-D axial); sums to R/2.
+    Tables and positions must be on the query's device: a call moves nothing.
 
     Query and key are rotated once, in one pass before the attention kernel, whose backward keeps the rotated copies in
     place of the originals. Su et al., "RoFormer" (2021).
@@ -272,15 +274,14 @@ class Rope:
             raise ValueError(f"rope: tables of {self.cos.shape[0]} positions are too short for {rows} {what}")
 
     def _rotate(self, query, key, query_positions, key_positions, query_first, backend) -> tuple[Tensor, Tensor | None]:
-        device = query.device
-        tensors = [
-            t if t is None or t.device == device else t.to(device)
-            for t in (self.cos, self.sin, query_positions, key_positions)
-        ]
+        names, positions = ("query_positions", "key_positions"), (query_positions, key_positions)
+        for name, tensor in zip(("cos", "sin", *names), (self.cos, self.sin, *positions), strict=True):
+            if tensor is not None:
+                checks.check_device(f"rope: {name}", tensor, query.device)
         count = 1 if key is None else 2
         call = rope_op.Call(
-            (query, key)[:count], tuple(tensors[2:])[:count], (query_first, 0)[:count], *tensors[:2], self.sections,
-            self.interleaved, names=("query_positions", "key_positions")[:count],
+            (query, key)[:count], positions[:count], (query_first, 0)[:count], self.cos, self.sin, self.sections,
+            self.interleaved, names=names[:count],
         )  # fmt: skip
         rotated = rope_op.rotate(call, backend)
         return rotated if count == 2 else (*rotated, None)

@@ -101,7 +101,7 @@ def recalls(found: Tensor) -> dict[str, float]:
     }
 
 
-def with_lora(run: Run, model: nn.Module, tokenizer: Callable) -> nn.Module:
+def with_lora(run: Run, model: nn.Module, _: Callable) -> nn.Module:
     freeze(model)
     add_lora(model, rank=run.sizes.rank)
     return model

@@ -380,6 +380,27 @@ def test_longformer_takes_rows_for_masks(monkeypatch):
     assert all(call["mask"].shape[1:3] == (1, 1) for call in taken)
 
 
+def test_longformer_drops_in_training_alone(monkeypatch):
+    rates = []
+
+    def attention(*args, run=banded.attention, dropout_p, **options):
+        rates.append(dropout_p)
+        return run(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(banded, "attention", attention)
+    model = MODELS["longformer"].build()
+    for module in model.modules():
+        if hasattr(module, "one_sided_attn_window_size"):
+            module.dropout = 0.25
+    xformer_fast.patch(model)
+    call = MODELS["longformer"].cases()["global tokens"]
+    with torch.no_grad():
+        for training, rate in ((False, 0.0), (True, 0.25)):
+            call(model.train(training))
+            assert rates == [rate] * 4  # the window and the global rows of two layers
+            rates.clear()
+
+
 def refuse_squares(make_mask):
     def refusing(*args, **given):
         assert given["q_length"] == 1

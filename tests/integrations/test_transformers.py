@@ -410,16 +410,16 @@ def test_cu_seq_lens_beside_a_mask():
         integration.attention_forward(Layer(), query, key, value, padded, **packed)
 
 
-def test_dropout_only_in_training():
-    model = build("bert")
-    for layer in model.encoder.layer:
-        layer.attention.self.dropout.p = 0.5
+def test_dropout_only_in_training(monkeypatch):
+    config = BASE | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+    model = make("BertModel", config, "sdpa")
     xformer_fast.patch(model)
-    inputs = tokens()
+    spy, inputs = Spy(monkeypatch), tokens()
     evaluated = [hidden(model(**inputs)) for _ in range(2)]
     model.train()
     trained = [hidden(model(**inputs)) for _ in range(2)]
     assert torch.equal(*evaluated) and not torch.equal(*trained)
+    assert [call["dropout_p"] for call in spy.calls] == [0.0] * 4 + [0.5] * 4
 
 
 # torch.compile

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xformer_fast
-from xformer_fast import layers
+from xformer_fast import layers, mixers
 from xformer_fast.layers import Attention, FeedForward, Prefix, Residual, Stack, TransformerLayer
 from xformer_fast.models import GPT
 from xformer_fast.positions import sinusoids
@@ -73,6 +73,50 @@ def test_cached_equals_whole(mixer, name, prefix):
     out = step(torch.stack([x[1, 3:6], x[0, 5:8]]), memory.flip(0), lengths.flip(0))
     torch.testing.assert_close(out, torch.stack([whole[1, 3:6], whole[0, 5:8]]))
     assert cache.lengths.tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "linear"])
+def test_rows_change_places_before_the_first_token(mixer):
+    cache = decoder(mixer).new_cache(2, 16)
+    cache.reorder(torch.tensor([1, 0]))
+    assert cache.lengths.tolist() == [0, 0]
+
+
+CONSTANTS = {  # mixer: (op, one value of each constant that is not its default, shape of the places)
+    "softmax": ("attention", {"scale": 0.3, "softcap": 2.0, "window": (2, 1)}, (10,)),
+    "linear": ("linear_attention", {"feature_map": "relu", "normalize": False, "scale": 0.3}, (10,)),
+    "window": ("window_attention", {"window_size": 4, "shift": 1, "partition": "window", "scale": 0.3}, (8, 4)),
+    "neighborhood": ("neighborhood_attention", {"kernel_size": 3, "dilation": 2, "causal": True, "scale": 0.3}, (8, 6)),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_each_constant_of_a_mixer_reaches_the_op(name, monkeypatch):
+    op, constants, space = CONSTANTS[name]
+    seen, run = {}, getattr(mixers, op)
+
+    def spy(*tensors, **options):
+        seen.update(options)
+        return run(*tensors, **options)
+
+    monkeypatch.setattr(mixers, op, spy)
+    mixer = mixers.MIXERS[name](HEADS, 16, **constants, backend="reference").eval()
+    assert mixer(*torch.randn(3, 2, *space, HEADS, 16).unbind()).shape == (2, *space, HEADS, 16)
+    sizes = "window_size", "kernel_size"  # given in place, not by name
+    assert {n: seen[n] for n in constants if n not in sizes} == {n: v for n, v in constants.items() if n not in sizes}
+    assert seen["backend"] == "reference"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+def test_a_mixer_decodes_with_its_constants(name):
+    torch.manual_seed(0)
+    mixer = mixers.MIXERS[name](HEADS, 16, **CONSTANTS[name][1] | ({"window": (2, 0)} if name == "softmax" else {}))
+    query, key, value = torch.randn(3, 2, 7, HEADS, 16)
+    cache = mixer.new_cache(2, HEADS, 16, 8, query)
+    out = [mixer.decode(*(x[:, tokens] for x in (query, key, value)), cache) for tokens in (slice(0, 5), slice(5, 7))]
+    torch.testing.assert_close(torch.cat(out, 1), mixer(query, key, value, causal=True))
 
 
 @pytest.mark.parametrize("options", ["plain", "lengths", "mask", "bias", "cross"])

@@ -303,6 +303,18 @@ def test_top_left_is_torchs_rule(backend):
     torch.testing.assert_close(corner[:, :, -1], xformer_fast.attention(q[:, :, -1:], k, v, backend=backend)[:, :, 0])
 
 
+@pytest.mark.parametrize(
+    "kinds", [(False, "top_left", True), (True, "top_left", False), ("top_left", True, "top_left")]
+)
+def test_a_kind_of_causal_is_not_that_of_the_call_before(kinds):
+    """Calls that are alike but for it, more queries than keys and fewer."""
+    for len_q, len_k in ((5, 9), (9, 5)):
+        q, k, v = torch.randn(1, 2, len_q, 16), *torch.randn(2, 1, 2, len_k, 16).unbind()
+        for causal in kinds * 2:
+            out = xformer_fast.attention(q, k, v, causal=causal)
+            torch.testing.assert_close(out, reference.attention(q, k, v, causal=causal))
+
+
 def test_huge_windows_are_no_limit(backend):
     q, k, v = leaves((1, 1, 20, 8), (1, 1, 30, 8), (1, 1, 30, 8))
     expected = xformer_fast.attention(q, k, v, backend=backend)

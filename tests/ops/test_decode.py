@@ -146,6 +146,7 @@ def test_autocast(backend):
 Q, KEYS, VALUES, K, V = inputs(tokens=2)
 LENGTHS = torch.tensor([3, 10], dtype=torch.int32)
 PAGED = torch.randn(8, 2, 4, 16)
+META = torch.empty(4, 41, device="meta")
 TABLE = torch.arange(8, dtype=torch.int32).reshape(2, 4)
 
 
@@ -199,6 +200,10 @@ new = {"new_key": K, "new_value": V}
         (lambda b: call(relative_bias=3, backend=b), "relative_bias must be"),
         (lambda b: call(relative_bias=xformer_fast.T5Bias(torch.ones(32, 3)), backend=b), "3 heads"),
         (lambda b: call(relative_bias=xformer_fast.DistanceBias(torch.ones(4, 40)), backend=b), r"capacity - 1 = 41"),
+        (lambda b: call(relative_bias=xformer_fast.DistanceBias(META), backend=b), "relative_bias: values is on meta"),
+        (lambda b: call(relative_bias=xformer_fast.T5Bias(META.mT), backend=b), "relative_bias: table is on meta"),
+        (lambda b: call(relative_bias=xformer_fast.T5Bias(META.mT.int()), backend=b), "table must be a float tensor"),
+        (lambda b: call(rope=xformer_fast.Rope(META.mT, META.mT), **new, backend=b), "rope: cos is on meta"),
         (lambda b: call(query=Q.clone().requires_grad_(), backend=b), "query requires grad"),
         (lambda b: call(**{**new, "new_key": K.clone().requires_grad_()}, backend=b), "new_key requires grad"),
         (lambda b: call(backend="nope"), "backend must be one of"),

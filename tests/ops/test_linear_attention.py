@@ -171,6 +171,28 @@ def test_segments(causal, heads, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"eps": 0.5},
+        {"scale": 2.5},
+        {"normalize": False, "scale": 0.3},
+        {"feature_map": "relu", "eps": 0.1, "scale": 0.7, "decay": torch.tensor([1.0, 0.9, 0.5, 0.99])},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_a_step_has_the_options_of_the_whole(options):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 8) for heads in (4, 2, 2))
+    whole = xformer_fast.linear_attention(query, key, value, causal=True, **options)
+    state, outputs = None, []
+    for tokens in (slice(0, 1), slice(1, 4), slice(4, 9)):
+        token = (x[:, :, tokens] for x in (query, key, value))
+        out, state = xformer_fast.linear_attention_step(*token, state, **options)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 2), whole)
+
+
+@pytest.mark.parametrize(
     "decay", [None, torch.tensor([1.0, 0.9, 0.5, 0.99], dtype=torch.float64)], ids=["plain", "decay"]
 )
 @pytest.mark.parametrize("normalize", [True, False])

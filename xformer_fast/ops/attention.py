@@ -340,10 +340,7 @@ def _check_options(call: Call, batch, heads):
             raise TypeError(f"rope must be an xformer_fast.Rope, got {type(call.rope).__name__}")
         call.rope.check(call.query.shape[-1])
     if call.relative_bias is not None:
-        if not hasattr(call.relative_bias, "values_for"):
-            raise TypeError(f"relative_bias must be a T5Bias or DistanceBias, got {type(call.relative_bias).__name__}")
-        if call.relative_bias.num_heads != heads:
-            raise ValueError(f"relative_bias has {call.relative_bias.num_heads} heads, query has {heads}")
+        checks.check_relative_bias(call.relative_bias, heads, device)
 
 
 def run_reference(call: Call):
@@ -514,11 +511,8 @@ def _run_eagerly(kernels: operator.Operator, arguments, requires_grad: bool) -> 
             return kernels.eager.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
             return kernels.forward(*arguments[:-2], False, False)
-    except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
-        _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
-        if not ours or message.startswith("out of memory"):
-            raise
-        raise ValueError(message) from None
+    except RuntimeError as error:
+        raise checks.as_value_error(error) from None
 
 
 def _any_requires_grad(arguments) -> bool:

@@ -182,6 +182,21 @@ def check_sinks(sinks, heads, device):
         raise ValueError(f"sinks must be ({heads},), got {tuple(sinks.shape)}")
 
 
+def check_relative_bias(bias, heads, device) -> Tensor | None:
+    """The tensor of a bias: a DistanceBias's values, a T5Bias's table; None for another object with `values_for`."""
+    if not hasattr(bias, "values_for"):
+        raise TypeError(f"relative_bias must be a T5Bias or DistanceBias, got {type(bias).__name__}")
+    if bias.num_heads != heads:
+        raise ValueError(f"relative_bias has {bias.num_heads} heads, query has {heads}")
+    for name in ("values", "table"):
+        tensor = getattr(bias, name, None)
+        if isinstance(tensor, Tensor):
+            check_float(f"relative_bias: {name}", tensor)
+            check_device(f"relative_bias: {name}", tensor, device)
+            return tensor
+    return None
+
+
 def check_numbers(scale, softcap, dropout_p):
     if scale is not None:
         check_number("scale", scale)
@@ -199,6 +214,12 @@ def check_numbers(scale, softcap, dropout_p):
 def check_number(name: str, number):
     if isinstance(number, bool) or not isinstance(number, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+
+
+def as_value_error(error: RuntimeError) -> Exception:
+    """What to raise for an operator's error: values are checked inside operators, which know RuntimeError alone."""
+    _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
+    return ValueError(message) if ours and not message.startswith("out of memory") else error
 
 
 def forward_ad_is_on() -> bool:

@@ -174,13 +174,8 @@ def checked(*arguments, **options) -> Call:
             raise TypeError(f"rope must be an xformer_fast.Rope, got {type(call.rope).__name__}")
         call.rope.check(query.shape[-1])
     if call.relative_bias is not None:
-        bias = call.relative_bias
-        if not hasattr(bias, "values_for"):
-            raise TypeError(f"relative_bias must be a T5Bias or DistanceBias, got {type(bias).__name__}")
-        if bias.num_heads != heads:
-            raise ValueError(f"relative_bias has {bias.num_heads} heads, query has {heads}")
-        values = bias.values if isinstance(bias, DistanceBias) else getattr(bias, "table", None)
-        if isinstance(bias, DistanceBias) and values.shape[1] != tokens + call.capacity - 1:
+        values = checks.check_relative_bias(call.relative_bias, heads, query.device)
+        if isinstance(call.relative_bias, DistanceBias) and values.shape[1] != tokens + call.capacity - 1:
             wanted = tokens + call.capacity - 1
             raise ValueError(
                 f"relative_bias must have values (Hq, T + capacity - 1 = {wanted}), got {tuple(values.shape)}"
@@ -324,11 +319,8 @@ def _run(operator: Callable, *arguments):
         return operator(*arguments)
     try:
         return operator(*arguments)
-    except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
-        _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
-        if not ours or message.startswith("out of memory"):
-            raise
-        raise ValueError(message) from None
+    except RuntimeError as error:
+        raise checks.as_value_error(error) from None
 
 
 def _decode_fake(query, key_cache, value_cache, *options):

@@ -292,11 +292,8 @@ def _run_eagerly(forward: Callable, twin: type, arguments):
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
             return forward(*arguments)
-    except RuntimeError as error:  # values are checked inside the operator, which knows RuntimeError alone
-        _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
-        if not ours or message.startswith("out of memory"):
-            raise
-        raise ValueError(message) from None
+    except RuntimeError as error:
+        raise checks.as_value_error(error) from None
 
 
 def _apply_map(call: Call) -> tuple[Tensor, Tensor]:

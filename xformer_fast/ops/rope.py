@@ -204,7 +204,7 @@ def _run(forward: Callable, twin: type, arguments):
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python
             return forward(*arguments)
     except RuntimeError as error:
-        raise _as_value_error(error) from None
+        raise checks.as_value_error(error) from None
 
 
 def _run_in_place(operators: operator.Operators, x: Tensor, arguments) -> Tensor:
@@ -224,16 +224,10 @@ def _run_in_place(operators: operator.Operators, x: Tensor, arguments) -> Tensor
         with torch._C._AutoDispatchBelowAutograd():
             operators.in_place(x, *arguments)
     except RuntimeError as error:
-        raise _as_value_error(error) from None
+        raise checks.as_value_error(error) from None
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
     return x
-
-
-def _as_value_error(error: RuntimeError) -> Exception:
-    """Positions are checked inside the operator, which knows RuntimeError alone."""
-    _, ours, message = str(error).split("\n")[0].partition("xformer_fast: ")
-    return ValueError(message) if ours and not message.startswith("out of memory") else error
 
 
 def _kernel_limits(call: Call) -> str | None:
