@@ -232,6 +232,26 @@ def test_fully_masked_rows(backend, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 1), (1, 1), (2, 4, 70, 1), (2, 1, 1, 1)], ids=str)
+def test_gradient_of_a_mask_of_the_row_is_summed_before_it_is_rounded(backend, shape, dtype):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, length, 16).to(dtype) for heads, length in ((4, 70), (2, 900), (2, 900))]
+    mask = torch.randn(shape).to(dtype)
+    grad_out, grad_lse = 40 * torch.randn(2, 4, 70, 16), torch.randn(2, 4, 70)  # what comes through out cancels
+
+    def gradient(convert, backend):
+        leaf = convert(mask).requires_grad_()
+        out, lse = xformer_fast.attention(
+            *map(convert, tensors), mask=leaf, causal=True, return_lse=True, backend=backend
+        )
+        grads = grad_out.to(out.dtype), grad_lse.to(lse.dtype)
+        return torch.autograd.grad((out, lse), leaf, grads)[0]
+
+    exact, naive = gradient(torch.Tensor.double, "reference"), gradient(lambda t: t, "reference")
+    check_close(gradient(lambda t: t, backend), exact, naive, magnitude=40.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_never_reaches_a_result(backend, dtype, causal):
     """NaN and infinity behind key_lengths, 0 included: the bits that zeros there give, gradients of padding zero."""

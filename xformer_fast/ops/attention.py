@@ -405,10 +405,9 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
             if mask.dtype == torch.float64:
                 mask = mask.float()
-            if (
-                mask.requires_grad and mask.shape[3] != key.shape[2]
-            ):  # a bias of the row alone: its gradient wants the sum
-                mask = mask.expand(-1, -1, -1, key.shape[2])
+            if mask.requires_grad and mask.shape[3] != key.shape[2]:
+                # A bias of the row alone: its gradient is a sum over keys, which autograd takes, of float32 terms.
+                mask = mask.float().expand(-1, -1, -1, key.shape[2])
         slopes, sinks, global_keys = call.alibi_slopes, call.sinks, call.global_keys
         if global_keys is not None and not isinstance(global_keys, Tensor):
             count = torch.sym_min(global_keys, key.shape[2])
