@@ -373,8 +373,9 @@ def check_values(call: Call):
 
 def _rotate_packed(call: Call, backend: str | None = None):
     return call.rope.rotate_packed(
-        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left", backend=backend
-    )
+        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left",
+        reach=reference.reach_before_keys(call.causal, call.window, None), backend=backend,
+    )  # fmt: skip
 
 
 def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
@@ -394,8 +395,10 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             return (out, lse) if call.return_lse else out
         if call.rope is not None:
             if call.cu_seqlens_q is None:
-                query, key = call.rope.rotate(query, key, top_left=top_left)
+                reach = reference.reach_before_keys(causal, call.window, call.global_keys)
+                query, key = call.rope.rotate(query, key, top_left=top_left, reach=reach)
             else:
+                check_values(call)  # positions are made of offsets
                 query, key = _rotate_packed(call)
         distance_bias = None
         if call.relative_bias is not None:
