@@ -537,6 +537,22 @@ def test_torch_signature_gqa(heads):
     torch.testing.assert_close(xformer_fast.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
 
 
+@pytest.mark.parametrize("heads", [(6, 2, 2), (6, 2, 3), (6, 3, 2), (12, 4, 6), (6, 6, 1)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2,), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_torch_signature_gqa_is_torchs(heads, lead, masked):
+    """Heads of key and value that differ, and three dimensions, the first of which are heads then."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(*lead, n, s, 8, requires_grad=True) for n, s in zip(heads, (5, 4, 4), strict=True))
+    mask = torch.randn(heads[0], 5, 4) if masked else None
+    results = []
+    for function in (xformer_fast.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
+        out = function(q, k, v, attn_mask=mask, enable_gqa=True)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out).cumsum(-1))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_torch_signature_float32_mask_beside_bfloat16():
     q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16().unbind()
     out = xformer_fast.scaled_dot_product_attention(q, k, v, attn_mask=torch.randn(9, 9))

@@ -155,7 +155,7 @@ def scaled_dot_product_attention(
     query (..., Hq, Sq, D), key and value (..., Hkv, Sk, D or Dv) of two to five dimensions, batch and heads broadcast
     as torch broadcasts them; is_causal is top-left and may be given beside attn_mask (both apply); a float32 mask may
     stand beside half inputs; a query that attends to nothing gives zeros, as does dropout_p = 1. `enable_gqa` lets Hkv
-    divide Hq. `backend` is `attention`'s.
+    divide Hq, for key and value apart; axis -3 is the heads' then, of three dimensions too. `backend` is `attention`'s.
 
     >>> import torch, xformer_fast
     >>> q = torch.randn(2, 8, 16, 64)
@@ -175,7 +175,7 @@ def scaled_dot_product_attention(
         checks.check_tensors(attn_mask=mask)
         if mask.dim() > dims:
             raise ValueError(f"attn_mask of shape {tuple(mask.shape)} has more dimensions than the inputs' {dims}")
-        if dims == 3 and mask.dim() == 3:
+        if dims == 3 and mask.dim() == 3 and not enable_gqa:
             mask = mask[:, None]
         elif dims == 5 and mask.dim() >= 4:
             mask = mask.expand(*lead[:2] if mask.dim() == 5 else lead[1:2], *mask.shape[-3:])
@@ -194,18 +194,21 @@ def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
     tensors = [t.reshape((1,) * (dims - t.dim()) + t.shape) for t in (query, key, value)]
     if dims == 2:
         return *(t[None, None] for t in tensors), ()
-    if dims == 3:
+    if dims == 3 and not enable_gqa:
         batch = _broadcast("batch", *(t.shape[:1] for t in tensors))
         return *(t.expand(*batch, -1, -1)[:, None] for t in tensors), batch
     heads = tensors[0].shape[-3]
     batch = _broadcast("batch", *(t.shape[:-3] for t in tensors))
     if enable_gqa:
-        most = max(t.shape[-3] for t in tensors[1:])
-        if not most or heads % most or any(most % t.shape[-3] for t in tensors[1:]):
-            raise ValueError(
-                f"enable_gqa: key and value heads {[t.shape[-3] for t in tensors[1:]]} must divide {heads}"
-            )
-        tensors[1:] = [t if t.shape[-3] == most else t.repeat_interleave(most // t.shape[-3], -3) for t in tensors[1:]]
+        counts = [t.shape[-3] for t in tensors[1:]]
+        if 0 in counts or any(heads % count for count in counts):
+            raise ValueError(f"enable_gqa: key and value heads {counts} must divide {heads}")
+        common = max(counts)
+        common = heads if any(common % count for count in counts) else common
+        tensors[1:] = [
+            t if count == common else t.repeat_interleave(common // count, -3)
+            for t, count in zip(tensors[1:], counts, strict=True)
+        ]
     else:
         (heads,) = _broadcast(
             "heads (enable_gqa lets fewer key heads serve the query's)", *(t.shape[-3:-2] for t in tensors)
@@ -214,7 +217,9 @@ def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
         if tensors[1].shape[-3] != tensors[2].shape[-3]:
             tensors[1:] = [t.expand(*(-1,) * (dims - 3), heads, -1, -1) for t in tensors[1:]]
     tensors = [t.expand(*batch, -1, -1, -1) for t in tensors]
-    return *(t.flatten(0, 1) if dims == 5 else t for t in tensors), (*batch, heads)
+    if dims != 4:
+        tensors = [t.flatten(0, 1) if dims == 5 else t[None] for t in tensors]
+    return *tensors, (*batch, heads)
 
 
 def _broadcast(what: str, *shapes) -> tuple[int, ...]:
