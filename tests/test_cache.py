@@ -122,6 +122,26 @@ def test_rows_reordered():
             kept.reorder(torch.tensor(rows))
 
 
+def test_rows_not_in_use_stay_empty_when_reordered():
+    whole = sequence(3, 10)
+    cache = KVCache(3, 2, 32, 20)
+    cache.attend(*part(whole, slice(None), slice(0, 9)))
+    cache.free(2)
+    for unused in (1, 2, 7):  # what row 2 names says nothing
+        cache.reorder(torch.tensor([1, 0, unused]))
+        assert cache.lengths.tolist() == [9, 9, 0] and cache.length(2) == 0
+    with pytest.raises(ValueError, match="row 2 is not in use"):
+        cache.reorder(torch.tensor([2, 0, 1]))
+    assert cache.add() == 2 and cache.length(2) == 0
+    out = cache.attend(*part(whole, slice(2, 3), slice(0, 1)), rows=[2])
+    expected = xformer_fast.attention(*part(whole, slice(2, 3), slice(0, 1)), causal=True)
+    torch.testing.assert_close(out, expected)
+    out = cache.attend(*part(whole, slice(0, 1), slice(9, 10)), rows=[1])  # row 0's, after three exchanges
+    torch.testing.assert_close(
+        out[0], xformer_fast.attention(*part(whole, slice(0, 1), slice(0, 10)), causal=True)[0, :, 9:]
+    )
+
+
 def test_errors():
     cache = KVCache(2, 2, 32, 16, page_size=4, num_pages=5)
     whole = sequence(2, 20)

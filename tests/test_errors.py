@@ -69,7 +69,9 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
         {"rope": Rope(LONG, LONG, key_positions=torch.arange(9, device="meta"))},
         ValueError, "rope: key_positions is on meta",
     ),
-    "rope_before_zero": ({"key": K[:, :, :5], "value": V[:, :, :5], "rope": Rope(LONG, LONG)}, ValueError, "rope"),
+    "rope_before_zero": (
+        {"key": K[:, :, :1], "value": V[:, :, :1], "rope": Rope(LONG[:5], LONG[:5])}, ValueError, "a query 5 before",
+    ),
     "rope_positions_shape": (
         {"rope": Rope(LONG, LONG, query_positions=torch.zeros(1, dtype=torch.int64))}, ValueError, "query_positions",
     ),
@@ -148,9 +150,13 @@ PACKED = {
     ),
     "rope_device": ({"rope": Rope(LONG.to("meta"), LONG)}, ValueError, "rope: cos is on meta, query on cpu"),
     "rope_before_zero": (
-        {"cu_seqlens_k": offsets(0, 5, 30), "max_seqlen_k": 25, "rope": Rope(LONG, LONG)}, ValueError, "rope",
+        {"cu_seqlens_q": offsets(0, 0, 30), "max_seqlen_q": 30, "cu_seqlens_k": offsets(0, 15, 30),
+         "rope": Rope(LONG[:15], LONG[:15])}, ValueError, "rope: tables of 15 .* a query 15 before",
     ),
     "rope_short": ({"rope": Rope(SHORT, SHORT)}, ValueError, "rope"),
+    "rope_and_decrease": (
+        {"cu_seqlens_q": offsets(0, 31, 30), "rope": Rope(LONG, LONG)}, ValueError, "cu_seqlens_q must start at 0",
+    ),
     "rope_and_offsets": ({"cu_seqlens_q": offsets(0, 10, 29), "rope": Rope(LONG, LONG)}, ValueError, "cu_seqlens_q"),
 }  # fmt: skip
 

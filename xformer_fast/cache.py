@@ -119,14 +119,18 @@ class KVCache:
     def reorder(self, rows: Tensor):
         """Every row b becomes a copy of row rows[b], as the beams of a search do. rows: (batch,) int64.
 
-        Contiguous caches alone: rows of a paged one would have to share pages.
+        A row that is not in use stays empty, whatever it names. Contiguous caches alone: rows of a paged one would have
+        to share pages.
         """
         if self.page_size is not None:
             raise ValueError("a paged cache cannot be reordered: its rows share no pages")
         if rows.shape != self.lengths.shape:
             raise ValueError(f"rows must name one of {len(self._lengths)} rows each, got shape {tuple(rows.shape)}")
         sources = rows.tolist()
-        self._check_used(sources)
+        self._check_used([source for row, source in enumerate(sources) if row not in self._unused])
+        if self._unused:
+            sources = [row if row in self._unused else source for row, source in enumerate(sources)]
+            rows = torch.tensor(sources, device=rows.device)
         keys = max(self._lengths)
         for kept in (self.key, self.value):
             kept[:, :, :keys] = kept[rows, :, :keys]

@@ -44,7 +44,8 @@ def attention(
     top_left = causal == "top_left"
     p, j = key_positions_of_queries(len_q, len_k, top_left, query.device), torch.arange(len_k, device=query.device)
     if rope is not None:
-        query, key = rope.rotate(query, key, top_left=top_left, backend="reference")
+        reach = reach_before_keys(causal, window, global_keys)
+        query, key = rope.rotate(query, key, top_left=top_left, reach=reach, backend="reference")
     keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
     left, right = (-1, -1) if window is None else window
     if left >= 0:
@@ -200,6 +201,13 @@ def kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, b
 def key_positions_of_queries(len_q, len_k, top_left: bool, device) -> Tensor:
     """p_i, the position at which query i stands among the keys, as a column (Sq, 1)."""
     return torch.arange(len_q, device=device)[:, None] + (0 if top_left else len_k - len_q)
+
+
+def reach_before_keys(causal, window, global_keys) -> int | None:
+    """How far before the first key a query may stand and still see one; None: at any distance."""
+    if causal:
+        return 0
+    return None if window is None or window[1] < 0 or global_keys is not None else window[1]
 
 
 def is_global(global_keys, len_k, device) -> Tensor:

@@ -190,7 +190,7 @@ class Rope:
     cos, sin: (P, R/2) tables by position (`rope_tables`), R <= head_dim (the first R channels turn, "partial rotary").
     interleaved: pairs are neighbours (GPT-J); otherwise channel k pairs with k + R/2 (NeoX, LLaMA).
     query_positions, key_positions: int tensors (S,), (B, S), or (axes, B, S) with `sections`; by default query i stands
-    at p_i (see `attention`) and key j at j.
+    at p_i (see `attention`) and key j at j. Where that is before position 0, at -p, a query turns back by row p.
     sections: with (axes, B, S) positions, how many of the R/2 angles follow each axis (M-RoPE, 2-D axial); sums to R/2.
     Tables and positions must be on the query's device: a call moves nothing.
 
@@ -212,41 +212,60 @@ class Rope:
         self.cos, self.sin, self.interleaved, self.sections = cos, sin, interleaved, sections
         self.query_positions, self.key_positions = query_positions, key_positions
 
-    def rotate(self, query: Tensor, key: Tensor, *, top_left=False, backend=None) -> tuple[Tensor, Tensor]:
-        """query (B, Hq, Sq, D) and key (B, Hkv, Sk, D), rotated."""
+    def rotate(
+        self, query: Tensor, key: Tensor, *, top_left=False, reach: int | None = None, backend=None
+    ) -> tuple[Tensor, Tensor]:
+        """query (B, Hq, Sq, D) and key (B, Hkv, Sk, D), rotated.
+
+        A query more than `reach` before position 0 sees no key (None: any may see one): how it turns does not matter.
+        """
         self.check(query.shape[-1])
         batch, len_q, len_k = query.shape[0], query.shape[2], key.shape[2]
         shift = 0 if top_left else len_k - len_q
-        if self.query_positions is not None:
-            rope_op.check_positions("query_positions", self.query_positions, self.sections, batch, len_q)
-        elif shift < 0:
-            raise ValueError(
-                f"rope: with {len_q} queries and {len_k} keys the first query stands before position 0; "
-                "give Rope query_positions"
-            )
-        else:
-            self._check_rows(shift + len_q, "queries")
         if self.key_positions is not None:
             rope_op.check_positions("key_positions", self.key_positions, self.sections, batch, len_k)
         else:
             self._check_rows(len_k, "keys")
+        if self.query_positions is not None:
+            rope_op.check_positions("query_positions", self.query_positions, self.sections, batch, len_q)
+        elif shift < 0:
+            reach = 0 if len_k == 0 else -shift if reach is None else min(reach, -shift)
+            self._check_mirror(reach)
+            positions = torch.arange(shift, len_k, device=query.device).clamp(min=-reach)
+            if reach:
+                return self._rotate_mirrored(query, key, positions, self.key_positions, backend)
+            return self._rotate(query, key, positions, self.key_positions, 0, backend)
+        else:
+            self._check_rows(shift + len_q, "queries")
         return self._rotate(query, key, self.query_positions, self.key_positions, shift, backend)
 
     def rotate_packed(
-        self, query, key, cu_seqlens_q, cu_seqlens_k, *, top_left=False, backend=None
+        self, query, key, cu_seqlens_q, cu_seqlens_k, *, top_left=False, reach: int | None = None, backend=None
     ) -> tuple[Tensor, Tensor]:
-        """query (Tq, Hq, D) and key (Tk, Hkv, D) of packed sequences; positions, if given, are (T,)."""
+        """query (Tq, Hq, D) and key (Tk, Hkv, D) of packed sequences; positions, if given, are (T,); reach as there."""
         self.check(query.shape[-1])
         query_positions, key_positions = self.query_positions, self.key_positions
+        shifted = query_positions is None and not top_left and cu_seqlens_q is not cu_seqlens_k
         if query_positions is None:
             query_positions = packed_positions(cu_seqlens_q, query.shape[0])
-            if not top_left:
-                shifts = cu_seqlens_k.diff() - cu_seqlens_q.diff()
-                query_positions = query_positions + shifts[packed_sequences(cu_seqlens_q, query.shape[0])]
         if key_positions is None:
             key_positions = packed_positions(cu_seqlens_k, key.shape[0])
+        if shifted:
+            lengths_k, sequences = cu_seqlens_k.diff(), packed_sequences(cu_seqlens_q, query.shape[0])
+            query_positions = query_positions + (lengths_k - cu_seqlens_q.diff())[sequences]
+            if reach is not None:
+                query_positions = query_positions.clamp(min=-reach)
         rope_op.check_positions("query_positions", query_positions, self.sections, 1, query.shape[0])
         rope_op.check_positions("key_positions", key_positions, self.sections, 1, key.shape[0])
+        if shifted and reach != 0:
+            query_positions = query_positions.masked_fill(lengths_k[sequences] == 0, 0)  # no key at all to see
+            mirrored = True
+            if query_positions.numel() and checks.values_are_readable(query_positions):
+                least, most = (p.item() for p in query_positions.aminmax())
+                self._check_mirror(-least)
+                mirrored = least < 0 and most < self.cos.shape[0]  # past the tables: an error
+            if mirrored:
+                return self._rotate_mirrored(query, key, query_positions, key_positions, backend)
         return self._rotate(query, key, query_positions, key_positions, 0, backend)
 
     def rotate_tokens(self, query: Tensor, key: Tensor | None, first: Tensor, *, backend=None):
@@ -258,8 +277,8 @@ class Rope:
         batch, tokens = query.shape[0], query.shape[2]
         query_positions, key_positions = self.query_positions, self.key_positions
         if query_positions is None:
-            first = first.long().clamp(min=0)  # a token before position 0 sees no key
-            query_positions = first[:, None] + torch.arange(tokens, device=first.device)
+            query_positions = first.long()[:, None] + torch.arange(tokens, device=first.device)
+            query_positions = query_positions.clamp(min=0)  # a token before position 0 sees no key
         key_positions = query_positions if key_positions is None else key_positions
         rope_op.check_positions("query_positions", query_positions, self.sections, batch, tokens)
         rope_op.check_positions("key_positions", key_positions, self.sections, batch, tokens)
@@ -272,6 +291,25 @@ class Rope:
     def _check_rows(self, rows, what: str):
         if rows > self.cos.shape[0]:
             raise ValueError(f"rope: tables of {self.cos.shape[0]} positions are too short for {rows} {what}")
+
+    def _check_mirror(self, before):
+        if before >= self.cos.shape[0]:
+            raise ValueError(
+                f"rope: tables of {self.cos.shape[0]} positions are too short for a query {before} before the first key"
+            )
+
+    def _rotate_mirrored(self, query, key, query_positions, key_positions, backend) -> tuple[Tensor, Tensor]:
+        """Query positions (S,) may be negative: the cosines of -p are those of p, its sines their opposite."""
+        cos, sin = (table if table.device == query.device else table.to(query.device) for table in (self.cos, self.sin))
+        rows = query_positions.abs()
+        if not rows.is_cpu:  # as kernels, that stay in memory
+            rows = rows.clamp(max=cos.shape[0] - 1)
+        sign = torch.where(query_positions < 0, -1.0, 1.0).to(sin.dtype)
+        mirrored = Rope(cos[rows], sin[rows] * sign[:, None], interleaved=self.interleaved)
+        query, _ = mirrored._rotate(query, None, None, None, 0, backend)
+        names, options = ("key_positions",), (cos, sin, self.sections, self.interleaved)
+        call = rope_op.Call((key,), (key_positions,), (0,), *options, names=names)
+        return query, *rope_op.rotate(call, backend)
 
     def _rotate(self, query, key, query_positions, key_positions, query_first, backend) -> tuple[Tensor, Tensor | None]:
         names, positions = ("query_positions", "key_positions"), (query_positions, key_positions)

@@ -233,6 +233,26 @@ def test_fully_masked_rows(backend, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 1), (1, 1), (2, 4, 70, 1), (2, 1, 1, 1)], ids=str)
+def test_gradient_of_a_mask_of_the_row_is_summed_before_it_is_rounded(backend, shape, dtype):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, length, 16).to(dtype) for heads, length in ((4, 70), (2, 900), (2, 900))]
+    mask = torch.randn(shape).to(dtype)
+    grad_out, grad_lse = 40 * torch.randn(2, 4, 70, 16), torch.randn(2, 4, 70)  # what comes through out cancels
+
+    def gradient(convert, backend):
+        leaf = convert(mask).requires_grad_()
+        out, lse = xformer_fast.attention(
+            *map(convert, tensors), mask=leaf, causal=True, return_lse=True, backend=backend
+        )
+        grads = grad_out.to(out.dtype), grad_lse.to(lse.dtype)
+        return torch.autograd.grad((out, lse), leaf, grads)[0]
+
+    exact, naive = gradient(torch.Tensor.double, "reference"), gradient(lambda t: t, "reference")
+    check_close(gradient(lambda t: t, backend), exact, naive, magnitude=40.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_never_reaches_a_result(backend, dtype, causal):
     """NaN and infinity behind key_lengths, 0 included: the bits that zeros there give, gradients of padding zero."""
@@ -528,6 +548,22 @@ def test_torch_signature_gqa(heads):
     full_k, full_v = (t.repeat_interleave(heads[0] // t.shape[1], 1) for t in (k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, full_k, full_v)
     torch.testing.assert_close(xformer_fast.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 2), (6, 2, 3), (6, 3, 2), (12, 4, 6), (6, 6, 1)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2,), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_torch_signature_gqa_is_torchs(heads, lead, masked):
+    """Heads of key and value that differ, and three dimensions, the first of which are heads then."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(*lead, n, s, 8, requires_grad=True) for n, s in zip(heads, (5, 4, 4), strict=True))
+    mask = torch.randn(heads[0], 5, 4) if masked else None
+    results = []
+    for function in (xformer_fast.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
+        out = function(q, k, v, attn_mask=mask, enable_gqa=True)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out).cumsum(-1))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_torch_signature_float32_mask_beside_bfloat16():

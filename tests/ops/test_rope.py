@@ -386,6 +386,9 @@ def test_new_tokens_stand_behind_the_cached_ones(backend):
     torch.testing.assert_close(turned_k, reference.apply_rope(k, cos, sin, positions=places))
     alone, none = Rope(cos, sin).rotate_tokens(q, None, first, backend=backend)
     assert none is None and torch.equal(alone, turned_q)
+    places = torch.tensor([[5, 6, 7], [0, 0, 1]])  # a token at -1 sees no key, those behind it stand where they stand
+    turned_q, _ = Rope(cos, sin).rotate_tokens(q, None, torch.tensor([5, -1]), backend=backend)
+    torch.testing.assert_close(turned_q, reference.apply_rope(q, cos, sin, positions=places))
 
 
 @pytest.mark.parametrize("sections", [(16, 24, 24), (8, 12, 12), (3, 0, 5)])
@@ -437,6 +440,92 @@ def test_attention_rotates_by_it(dtype):
     assert torch.equal(fused, composed)
     ours, theirs = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (fused, composed))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+SEEN_FROM_BEFORE = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 2)},
+    "causal_window": {"window": (4, 0)},
+    "globals": {"window": (1, 1), "global_keys": 1},
+    "top_left": {"causal": "top_left"},
+}
+
+
+def results_and_gradients(function, tensors):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = function(*tensors)
+    return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out).cumsum(-1))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("lengths", [(5, 0), (5, 3), (9, 2), (1, 0)])
+@pytest.mark.parametrize("options", SEEN_FROM_BEFORE)
+def test_queries_before_the_first_key(options, lengths, interleaved):
+    """As if every position were 20 more: scores depend on distances alone."""
+    (len_q, len_k), options = lengths, SEEN_FROM_BEFORE[options]
+    tensors = [torch.randn(2, heads, length, 24) for heads, length in ((4, len_q), (2, len_k), (2, len_k))]
+    first = 20 + (0 if options.get("causal") == "top_left" else len_k - len_q)
+    given = {"query_positions": torch.arange(first, first + len_q), "key_positions": torch.arange(20, 20 + len_k)}
+
+    def run(backend, dtype, tables, **given):
+        rope = Rope(*(t.to(dtype) for t in tables), interleaved=interleaved, **given)
+        return results_and_gradients(
+            lambda q, k, v: xformer_fast.attention(q, k, v, rope=rope, backend=backend, **options),
+            [t.to(dtype) for t in tensors],
+        )
+
+    exact = run("reference", torch.float64, tables(16), **given)
+    naive = run("reference", torch.float32, tables(16), **given)
+    for backend in ("cpu", "reference"):
+        for ours, right, plain in zip(run(backend, torch.float32, tables(16)), exact, naive, strict=True):
+            check_close(ours, right, plain, magnitude=10.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [name for name in SEEN_FROM_BEFORE if name != "globals"])
+def test_packed_queries_before_the_first_key(options):
+    """A sequence with fewer keys than queries, one without a key, and one that has more keys."""
+    options, (cos, sin) = SEEN_FROM_BEFORE[options], tables(16)
+    lengths_q, lengths_k = (5, 4, 3), (2, 0, 7)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k))
+    tensors = [torch.randn(sum(n), heads, 24) for heads, n in ((4, lengths_q), (2, lengths_k), (2, lengths_k))]
+
+    def packed(backend, rope=None):
+        rope = rope or Rope(cos, sin)
+        return lambda q, k, v: xformer_fast.varlen_attention(
+            q, k, v, cu_q, cu_k, 5, 7, rope=rope, backend=backend, **options
+        )
+
+    def one_by_one(q, k, v):
+        outs = []
+        for parts in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+            parts = (t.transpose(0, 1)[None] for t in parts)
+            outs.append(xformer_fast.attention(*parts, rope=Rope(cos, sin), **options)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    expected = results_and_gradients(one_by_one, tensors)
+    compiled = torch.compile(packed(None), fullgraph=True, dynamic=True, backend="aot_eager")
+    for function in (packed("cpu"), packed("reference"), compiled):
+        for ours, right in zip(results_and_gradients(function, tensors), expected, strict=True):
+            torch.testing.assert_close(ours, right)
+    with pytest.raises(ValueError, match="rope: "):  # too short for seven keys
+        packed("cpu", Rope(cos[:6], sin[:6]))(*tensors)
+
+
+@needs_kernels
+def test_tables_too_short_for_queries_before_the_first_key():
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 3, 8)
+    rope = Rope(*(t[:3] for t in tables(8)))
+    assert xformer_fast.attention(q, k, k, rope=rope, causal=True).shape == q.shape
+    assert xformer_fast.attention(q, k, k, rope=rope, window=(-1, 2)).shape == q.shape
+    with pytest.raises(ValueError, match="3 positions are too short for a query 6 before the first key"):
+        xformer_fast.attention(q, k, k, rope=rope)
+    packed = [t[0].transpose(0, 1) for t in (q, k, k)]
+    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (9, 3))
+    with pytest.raises(ValueError, match="3 positions are too short for a query 6 before the first key"):
+        xformer_fast.varlen_attention(*packed, cu_q, cu_k, 9, 3, rope=rope)
 
 
 # ---- frequencies

@@ -155,7 +155,7 @@ def scaled_dot_product_attention(
     query (..., Hq, Sq, D), key and value (..., Hkv, Sk, D or Dv) of two to five dimensions, batch and heads broadcast
     as torch broadcasts them; is_causal is top-left and may be given beside attn_mask (both apply); a float32 mask may
     stand beside half inputs; a query that attends to nothing gives zeros, as does dropout_p = 1. `enable_gqa` lets Hkv
-    divide Hq. `backend` is `attention`'s.
+    divide Hq, for key and value apart; axis -3 is the heads' then, of three dimensions too. `backend` is `attention`'s.
 
     >>> import torch, xformer_fast
     >>> q = torch.randn(2, 8, 16, 64)
@@ -175,7 +175,7 @@ def scaled_dot_product_attention(
         checks.check_tensors(attn_mask=mask)
         if mask.dim() > dims:
             raise ValueError(f"attn_mask of shape {tuple(mask.shape)} has more dimensions than the inputs' {dims}")
-        if dims == 3 and mask.dim() == 3:
+        if dims == 3 and mask.dim() == 3 and not enable_gqa:
             mask = mask[:, None]
         elif dims == 5 and mask.dim() >= 4:
             mask = mask.expand(*lead[:2] if mask.dim() == 5 else lead[1:2], *mask.shape[-3:])
@@ -194,18 +194,21 @@ def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
     tensors = [t.reshape((1,) * (dims - t.dim()) + t.shape) for t in (query, key, value)]
     if dims == 2:
         return *(t[None, None] for t in tensors), ()
-    if dims == 3:
+    if dims == 3 and not enable_gqa:
         batch = _broadcast("batch", *(t.shape[:1] for t in tensors))
         return *(t.expand(*batch, -1, -1)[:, None] for t in tensors), batch
     heads = tensors[0].shape[-3]
     batch = _broadcast("batch", *(t.shape[:-3] for t in tensors))
     if enable_gqa:
-        most = max(t.shape[-3] for t in tensors[1:])
-        if not most or heads % most or any(most % t.shape[-3] for t in tensors[1:]):
-            raise ValueError(
-                f"enable_gqa: key and value heads {[t.shape[-3] for t in tensors[1:]]} must divide {heads}"
-            )
-        tensors[1:] = [t if t.shape[-3] == most else t.repeat_interleave(most // t.shape[-3], -3) for t in tensors[1:]]
+        counts = [t.shape[-3] for t in tensors[1:]]
+        if 0 in counts or any(heads % count for count in counts):
+            raise ValueError(f"enable_gqa: key and value heads {counts} must divide {heads}")
+        common = max(counts)
+        common = heads if any(common % count for count in counts) else common
+        tensors[1:] = [
+            t if count == common else t.repeat_interleave(common // count, -3)
+            for t, count in zip(tensors[1:], counts, strict=True)
+        ]
     else:
         (heads,) = _broadcast(
             "heads (enable_gqa lets fewer key heads serve the query's)", *(t.shape[-3:-2] for t in tensors)
@@ -214,7 +217,9 @@ def _broadcast_heads(query, key, value, dims: int, enable_gqa: bool):
         if tensors[1].shape[-3] != tensors[2].shape[-3]:
             tensors[1:] = [t.expand(*(-1,) * (dims - 3), heads, -1, -1) for t in tensors[1:]]
     tensors = [t.expand(*batch, -1, -1, -1) for t in tensors]
-    return *(t.flatten(0, 1) if dims == 5 else t for t in tensors), (*batch, heads)
+    if dims != 4:
+        tensors = [t.flatten(0, 1) if dims == 5 else t[None] for t in tensors]
+    return *tensors, (*batch, heads)
 
 
 def _broadcast(what: str, *shapes) -> tuple[int, ...]:
@@ -370,8 +375,9 @@ def check_values(call: Call):
 
 def _rotate_packed(call: Call, backend: str | None = None):
     return call.rope.rotate_packed(
-        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left", backend=backend
-    )
+        call.query, call.key, call.cu_seqlens_q, call.cu_seqlens_k, top_left=call.causal == "top_left",
+        reach=reference.reach_before_keys(call.causal, call.window, None), backend=backend,
+    )  # fmt: skip
 
 
 def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple[Tensor, Tensor]]:
@@ -391,8 +397,10 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             return (out, lse[0]) if call.return_lse else out
         if call.rope is not None:
             if call.cu_seqlens_q is None:
-                query, key = call.rope.rotate(query, key, top_left=top_left)
+                reach = reference.reach_before_keys(causal, call.window, call.global_keys)
+                query, key = call.rope.rotate(query, key, top_left=top_left, reach=reach)
             else:
+                check_values(call)  # positions are made of offsets
                 query, key = _rotate_packed(call)
         distance_bias = None
         if call.relative_bias is not None:
@@ -402,10 +410,9 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
             mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
             if mask.dtype == torch.float64:
                 mask = mask.float()
-            if (
-                mask.requires_grad and mask.shape[3] != key.shape[2]
-            ):  # a bias of the row alone: its gradient wants the sum
-                mask = mask.expand(-1, -1, -1, key.shape[2])
+            if mask.requires_grad and mask.shape[3] != key.shape[2]:
+                # A bias of the row alone: its gradient is a sum over keys, which autograd takes, of float32 terms.
+                mask = mask.float().expand(-1, -1, -1, key.shape[2])
         slopes, sinks, global_keys = call.alibi_slopes, call.sinks, call.global_keys
         if global_keys is not None and not isinstance(global_keys, Tensor):
             count = torch.sym_min(global_keys, key.shape[2])
