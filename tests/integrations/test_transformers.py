@@ -575,6 +575,34 @@ def test_configs_stay_nested_and_keep_what_was_changed():
     assert model.text_model.config._attn_implementation == "eager"
 
 
+def test_configs_without_a_model_of_their_own():
+    """SAM's prompt encoder computes no attention: transformers sets no implementation in its config."""
+    vision = {key: IMAGE[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
+    config = transformers.SamConfig(
+        vision_config=vision | {"mlp_dim": 48, "output_channels": 16, "image_size": 32, "window_size": 3,
+                                "global_attn_indexes": [1], "num_pos_feats": 8},
+        prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 4, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "iou_head_hidden_dim": 16},
+    )  # fmt: skip
+    model = torch.nn.ModuleDict({"bert": build("bert"), "sam": transformers.SamModel(config)})
+
+    def implementations():
+        return [integration._implementations(host.config) for host in (model["bert"], model["sam"])]
+
+    before = implementations()
+    assert before[1]["prompt_encoder_config"][""] is None
+    xformer_fast.patch(model)
+    once = implementations()
+    xformer_fast.patch(model)
+    assert implementations() == once and once != before
+    xformer_fast.unpatch(model)
+    assert implementations() == before
+    with xformer_fast.patched(model):
+        assert implementations() == once
+    assert implementations() == before
+
+
 def test_a_model_inside_another_is_patched_too():
     model = build("llama")
     inputs = tokens()

@@ -425,9 +425,11 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
 
 def unpatch_model(model: nn.Module):
     for host in reversed([*model.modules()]):  # a model inside another one that is patched was patched after it
-        record = vars(host).pop(_RECORD, None)
-        for name, implementation in record.before.items() if record is not None else ():
-            _assign(host.get_submodule(name), implementation)
+        record = vars(host).get(_RECORD)
+        if record is not None:
+            for name, implementations in record.before.items():
+                _restore(host.get_submodule(name).config, implementations)
+            del vars(host)[_RECORD]
 
 
 def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
@@ -447,8 +449,10 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         before = {name: _implementations(owner.config) for name, owner in owners.values()}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
-            wanted = FOLLOWED if name in followed else before[name] if reasons[name] else implementation
-            _assign(owner, wanted)
+            if reasons[name] and name not in followed:
+                _restore(owner.config, before[name])
+            else:
+                _assign(owner, FOLLOWED if name in followed else implementation)
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
@@ -498,17 +502,25 @@ def _uses_interface(module: nn.Module) -> bool:
 
 
 def _implementations(config) -> dict:
-    """The implementation of a config and of those below it, in the form that `set_attn_implementation` takes."""
+    """The implementation of a config, under "", and of those below it; None where no model has set one."""
     below = ((key, getattr(config, key, None)) for key in config.sub_configs)
     return {"": config._attn_implementation} | {key: _implementations(sub) for key, sub in below if sub is not None}
 
 
-def _assign(owner: PreTrainedModel, implementation: str | dict):
+def _restore(config, implementations: dict):
+    """Writes what `_implementations` read; setters check names, and know no None."""
+    config._attn_implementation_internal = implementations[""]
+    for key, below in implementations.items():
+        sub = getattr(config, key, None) if key else None
+        if sub is not None:
+            _restore(sub, below)
+
+
+def _assign(owner: PreTrainedModel, implementation: str):
     if owner._can_set_attn_implementation():
         owner.set_attn_implementation(implementation)
     else:  # transformers refuses: there the config's entry decides on masks alone
-        whole = implementation[""] if isinstance(implementation, dict) else implementation
-        owner.config._attn_implementation_internal = whole
+        owner.config._attn_implementation_internal = implementation
 
 
 def _is_followed(owner: PreTrainedModel, backend: str | None) -> bool:
