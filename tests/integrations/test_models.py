@@ -6,12 +6,50 @@ import importlib.util
 import pytest
 import torch
 from host_models import check_equal, check_life, prepare_timm
-from model_list import GQA, HEADS, IMAGE, MODELS, TEXT, VOCAB, WAVE, WIDTH, hf, image_cases, wave_cases
+from model_list import (
+    GQA,
+    HEADS,
+    IMAGE,
+    MODELS,
+    SEQ2SEQ,
+    SPECIAL,
+    TEXT,
+    VOCAB,
+    WAVE,
+    WIDTH,
+    hf,
+    image_cases,
+    noise,
+    result,
+    translation_cases,
+    wave_cases,
+)
 
 prepare_timm()
 pytest.importorskip("transformers")
 
 import xformer_fast  # noqa: E402
+
+INFORMER = {
+    "prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "num_time_features": 1, "d_model": WIDTH,
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "distil": False, "sampling_factor": 1,
+}  # fmt: skip
+
+
+def informer_cases():
+    """Of the queries, attention is computed for those that tell most, by scores with keys drawn at random."""
+    inputs = {
+        "past_values": noise(3, 14), "past_time_features": noise(3, 14, 1), "past_observed_mask": torch.ones(3, 14),
+        "future_values": noise(3, 4), "future_time_features": noise(3, 4, 1),
+    }  # fmt: skip
+
+    def run(model):
+        torch.manual_seed(5)
+        return result(model(**inputs))
+
+    return {"time series": run}
+
 
 MORE = {
     "phi3": hf("Phi-3", "Phi3Model", GQA),
@@ -39,6 +77,23 @@ MORE = {
     ),
     "wav2vec2": hf("Wav2Vec2", "Wav2Vec2Model", WAVE | {"do_stable_layer_norm": True}, cases=wave_cases),
     "hubert": hf("HuBERT", "HubertModel", WAVE, cases=wave_cases),
+}  # fmt: skip
+BIG_BIRD = SEQ2SEQ | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}
+MORE |= {
+    "bigbird_pegasus": hf(
+        "BigBird-Pegasus", "BigBirdPegasusForConditionalGeneration", BIG_BIRD | {"attention_type": "original_full"}, 6,
+        translation_cases,
+    ),
+    "deepseek_v4": hf(
+        "DeepSeek-V4", "DeepseekV4ForCausalLM",
+        TEXT | SPECIAL | {
+            "moe_intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 16, "hc_mult": 2,
+            "num_experts_per_tok": 2, "n_routed_experts": 4, "sliding_window": 6, "o_groups": 2, "o_lora_rank": 8,
+            "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "mlp_layer_types": ["moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
+        },
+    ),
+    "informer": hf("Informer", "InformerModel", INFORMER, 6, informer_cases),
 }  # fmt: skip
 TIMM = importlib.util.find_spec("timm") is not None
 

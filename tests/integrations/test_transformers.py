@@ -317,6 +317,19 @@ def test_masks_say_what_sdpa_masks_say(causal, window, padding):
             assert torch.equal(spell_out(mask, q_length, kv_length, causal).expand_as(dense), dense)
 
 
+def test_models_that_compute_with_masks_get_their_own():
+    """BigBird-Pegasus, for a short input, puts modules in that nobody patched, and that add the mask."""
+    sizes = ENCODER_DECODER | {"block_size": 4, "num_random_blocks": 1}
+    reference = make("BigBirdPegasusForConditionalGeneration", sizes, "eager")
+    patched = copy.deepcopy(reference)
+    assert xformer_fast.patch(patched).count > 0
+    assert patched.config._attn_implementation == "xformer_fast_float_masks"
+    assert integration._masks_of(reference, "sdpa") == "_bool_masks"
+    target = tokens(length=9, lengths=(9, 4, 6))
+    inputs = tokens() | {f"decoder_{key}": value for key, value in target.items()}
+    check_equal(reference, patched, inputs, target["attention_mask"].bool())
+
+
 def test_unknown_mask_functions_stay_dense():
     for function, skip in (
         (masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)), True),

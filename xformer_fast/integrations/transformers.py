@@ -25,13 +25,18 @@ to `sdpa_mask` for mask functions other than transformers' own plain ones, where
 (`allow_is_causal_skip=False`: the model will compute with the mask, or decodes with a static cache, where the mask is
 one row), for chunked attention, and under torch.compile for packed sequences and a static cache's prefill.
 
+Models whose own code computes with masks (attention beside AttentionInterface, masks that grow by a piece) get those of
+their own implementation, `eager_mask` or `sdpa_mask`, under a name of its own: see `_MASKS`.
+
 Not done: attention weights (`output_attentions`), head masks, sparse indices, continuous batching's paged cache. They
 raise, as does any option that is not known to be harmless.
 """
 
 import copy
+import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,6 +63,7 @@ from .followed import scorers
 
 NAME = "xformer_fast"
 FOLLOWED = "xformer_fast_followed"  # the implementation of models that compute their scores themselves: masks alone
+_MASKS = {"": None, "_float_masks": eager_mask, "_bool_masks": sdpa_mask}  # what a name ends in -> a host's masks
 _RECORD = "_xformer_fast_patch"
 _DTYPES = (torch.int16, torch.uint8, torch.int32, torch.int64)
 
@@ -392,13 +398,17 @@ def followed_mask(**given) -> Mask:
 
 
 def register(backend: str | None = None) -> str:
-    """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name."""
+    """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name.
+
+    The names that end as `_MASKS` says stand for the same attention behind a host's own masks.
+    """
     if "q_length" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError("transformers is too old: its mask functions take no q_length; install 5.4 or later")
     name = NAME if backend is None else f"{NAME}_{backend}"
     forward = attention_forward if backend is None else functools.partial(attention_forward, backend=backend)
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, structured_mask)
+    for end, mask_function in _MASKS.items():
+        AttentionInterface.register(name + end, forward)
+        AttentionMaskInterface.register(name + end, mask_function or structured_mask)
     AttentionMaskInterface.register(FOLLOWED, followed_mask)
     return name
 
@@ -442,6 +452,7 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
     followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
+    wanted = {}
     if followed or not all(reasons.values()):
         if _RECORD not in vars(host):
             _own_configs(root, path, host)
@@ -449,15 +460,19 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         before = {name: _implementations(owner.config) for name, owner in owners.values()}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
-            if reasons[name] and name not in followed:
+            if name in followed:
+                _assign(owner, FOLLOWED)
+            elif reasons[name]:
                 _restore(owner.config, before[name])
             else:
-                _assign(owner, FOLLOWED if name in followed else implementation)
+                wanted[name] = implementation + _masks_of(owner, before[name][""])
+                _assign(owner, wanted[name])
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
         owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
-        if getattr(module, "config", host.get_submodule(owner).config)._attn_implementation == implementation:
+        config = getattr(module, "config", host.get_submodule(owner).config)
+        if config._attn_implementation in wanted.values():
             report.replaced.append(prefix + name)
         else:
             report.skipped[prefix + name] = reasons[owner] or "its config did not take the implementation"
@@ -521,6 +536,26 @@ def _assign(owner: PreTrainedModel, implementation: str):
         owner.set_attn_implementation(implementation)
     else:  # transformers refuses: there the config's entry decides on masks alone
         owner.config._attn_implementation_internal = implementation
+
+
+def _masks_of(owner: PreTrainedModel, implementation: str | None) -> str:
+    """The end of the implementation's name, by the masks that a model can take; `implementation` is its own."""
+    modules = [*owner.modules()]
+    if not any(scorers(original(m)) or (_uses_interface(m) and _computes_with_its_mask(original(m))) for m in modules):
+        return ""
+    return "_float_masks" if implementation in (None, "eager") else "_bool_masks"
+
+
+@functools.cache
+def _computes_with_its_mask(cls: type) -> bool:
+    """Does it do more with its attention_mask than cut it and hand it on?"""
+    instructions = [*dis.get_instructions(inspect.unwrap(cls.forward))]
+    return any(
+        first.opname.startswith("LOAD_FAST")
+        and first.argval == "attention_mask"
+        and second.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "BINARY_OP"))
+        for first, second in itertools.pairwise(instructions)
+    )
 
 
 def _is_followed(owner: PreTrainedModel, backend: str | None) -> bool:
