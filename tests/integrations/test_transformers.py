@@ -202,6 +202,20 @@ def test_generate(name):
         assert torch.equal(patched.generate(**inputs, **options), expected), f"padding {padding}, {cache} cache"
 
 
+def test_generate_with_masks_that_are_followed():
+    """With a static cache they are made ahead, and come back to the mask function."""
+    sizes = {"d_model": WIDTH, "decoder_layers": 2, "decoder_attention_heads": HEADS, "decoder_ffn_dim": 48}
+    config = sizes | {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": PAD}
+    reference = make("TrOCRForCausalLM", config, "eager")
+    patched = copy.deepcopy(reference)
+    assert xformer_fast.patch(patched).count > 0
+    assert patched.config._attn_implementation == integration.FOLLOWED
+    inputs = tokens(padding="left", length=5, lengths=(5, 2, 3))
+    for cache in ("dynamic", "static"):
+        options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        assert torch.equal(patched.generate(**inputs, **options), reference.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 def test_prefill_in_pieces(name, cache):

@@ -390,8 +390,12 @@ class Mask(Rule):
 
 
 def followed_mask(**given) -> Mask:
-    """The mask function of models whose attention is followed: called as any is, by keywords."""
-    return Mask(given)
+    """The mask function of models whose attention is followed: called as any is, by keywords.
+
+    With a static cache `generate` asks ahead, and the model asks again with what it was given: no tensor, as is known.
+    """
+    known = given.get("attention_mask")
+    return known if isinstance(known, Mask) else Mask(given)
 
 
 # Registration and patching
