@@ -308,6 +308,20 @@ def test_masks_of_transformers(use, calls):
     assert calls[-1]["causal"] is True and calls[-1]["mask"].shape == (3, 1, 1, 9)
 
 
+def test_masks_of_scores_that_are_regrouped_and_computed(calls):
+    """The mask was added to (B, H, Sq, Sk); then batch and heads are one axis, and the host looks at the weights."""
+    ours, theirs = host_mask()
+    q, k, v = torch.randn(6, 4, 8), torch.randn(6, 9, 8), torch.randn(6, 9, 8)
+
+    def code(self, mask):
+        scores = (torch.bmm(q, k.transpose(1, 2)).view(3, 2, 4, 9) + mask).view(6, 4, 9)
+        weights = scores.softmax(-1)
+        return torch.bmm(weights, v) + F.pad(weights, (0, 1)).sum(-1, keepdim=True) * weights[..., :8].cumsum(-1)
+
+    out, expected = following(code, None)(None, ours), code(None, theirs)
+    assert (out - expected).abs().max() <= 1e-5 and len(calls) == 1
+
+
 def test_a_mask_that_meets_other_code_is_the_hosts():
     ours, theirs = host_mask()
     assert torch.equal(ours + 1, theirs + 1) and torch.equal(torch.cat((ours, ours)), torch.cat((theirs, theirs)))

@@ -18,6 +18,7 @@ from model_list import (
     WAVE,
     WIDTH,
     hf,
+    ids,
     image_cases,
     noise,
     result,
@@ -78,6 +79,22 @@ MORE = {
     "wav2vec2": hf("Wav2Vec2", "Wav2Vec2Model", WAVE | {"do_stable_layer_norm": True}, cases=wave_cases),
     "hubert": hf("HuBERT", "HubertModel", WAVE, cases=wave_cases),
 }  # fmt: skip
+VITS = {
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "ffn_dim": 48, "vocab_size": VOCAB,
+    "flow_size": 16, "window_size": 4, "layerdrop": 0.0,
+}  # fmt: skip
+
+
+def vits_cases():
+    def run(model):
+        inputs = ids(padding="right")
+        mask = inputs["attention_mask"]
+        out = model(**inputs, padding_mask=mask[..., None].float()).last_hidden_state
+        return out[mask.bool()]
+
+    return {"right padding": run}
+
+
 BIG_BIRD = SEQ2SEQ | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}
 MORE |= {
     "bigbird_pegasus": hf(
@@ -93,6 +110,7 @@ MORE |= {
             "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
         },
     ),
+    "vits": hf("VITS", "models.vits.modeling_vits:VitsTextEncoder", VITS, cases=vits_cases),
     "informer": hf("Informer", "InformerModel", INFORMER, 6, informer_cases),
 }  # fmt: skip
 TIMM = importlib.util.find_spec("timm") is not None

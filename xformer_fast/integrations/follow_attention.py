@@ -15,6 +15,7 @@ Different from the host by intent: a masked key is left out, where hosts add a l
 no key left gives zeros. Queries and keys must not be written to between the product and the softmax.
 """
 
+import copy
 import functools
 import math
 
@@ -74,7 +75,8 @@ class Scores(Followed):
         scores = scores if self.cast is None else scores.to(self.cast)
         scores = scores + self.shift if self.shift else scores
         lowest = torch.finfo(scores.dtype).min
-        for bias in map(real, self.biases):
+        for bias in self.biases:
+            bias = bias.spread() if isinstance(bias, Bias) else bias
             scores = scores.masked_fill(~bias, lowest) if bias.dtype == torch.bool else scores + bias
         return scores
 
@@ -282,13 +284,21 @@ class Unit(Followed):
 class Bias(Followed):
     """Something to be added to scores, or a mask of them."""
 
+    views = ()  # the leading sizes, before and after, of each view that scores have had since it was added
+
     def inverted(self):
         """A bool mask that is True where this one is False."""
         return NotImplemented
 
     def regrouped(self, old, new) -> "Bias":
         """For scores whose leading sizes change from `old` to `new`."""
-        return self
+        twin = copy.copy(self)
+        twin.views = (*self.views, (tuple(old), tuple(new)))
+        return twin
+
+    def spread(self) -> Tensor:
+        """The tensor, in the shape that it broadcasts to those scores in."""
+        return functools.reduce(lambda bias, view: regrouped(bias, *view), self.views, self.real())
 
     def on_add(self, a, b, **kwargs):
         other = b if a is self else a
