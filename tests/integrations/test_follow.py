@@ -204,6 +204,22 @@ def capped_in_float32(q, k, v, factor):
     return scores.view(BATCH * HEADS, LEN_Q, LEN_K).clamp(min=0.0).softmax(-1).view(BATCH, HEADS, LEN_Q, LEN_K) @ v
 
 
+def test_code_that_writes_to_the_output(calls):
+    """Backward reads what attention returned."""
+
+    def code(self, q, k, v, more):
+        out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        out += more
+        return out
+
+    run, leaves = following(code, None), [*draw(), bias(BATCH, HEADS, LEN_Q, DIM)]
+    results = [
+        (out, *torch.autograd.grad(out.square().sum(), leaves)) for out in (f(None, *leaves) for f in (code, run))
+    ]
+    check_same(results)
+    assert len(calls) == 1
+
+
 OTHERS = {
     "capped": (capped, None),
     "capped_in_float32": (capped_in_float32, bias(HEADS, 1, 1)),

@@ -17,6 +17,7 @@ from model_list import (
     VOCAB,
     WAVE,
     WIDTH,
+    call,
     hf,
     ids,
     image_cases,
@@ -81,7 +82,7 @@ MORE = {
 }  # fmt: skip
 VITS = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "ffn_dim": 48, "vocab_size": VOCAB,
-    "flow_size": 16, "window_size": 4, "layerdrop": 0.0,
+    "flow_size": 16, "window_size": 4, "layerdrop": 0.0, "upsample_initial_channel": 16,
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def vits_cases():
     def run(model):
         inputs = ids(padding="right")
         mask = inputs["attention_mask"]
-        out = model(**inputs, padding_mask=mask[..., None].float()).last_hidden_state
+        out = model.text_encoder(**inputs, padding_mask=mask[..., None].float()).last_hidden_state
         return out[mask.bool()]
 
     return {"right padding": run}
@@ -110,7 +111,12 @@ MORE |= {
             "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
         },
     ),
-    "vits": hf("VITS", "models.vits.modeling_vits:VitsTextEncoder", VITS, cases=vits_cases),
+    "nystromformer": hf(
+        "Nystromformer", "NystromformerModel",
+        TEXT | {"num_landmarks": 4, "segment_means_seq_len": 12, "conv_kernel_size": 3},
+        cases=lambda: {"segments": call(input_ids=ids(12)["input_ids"])},
+    ),
+    "vits": hf("VITS", "VitsModel", VITS, cases=vits_cases),
     "informer": hf("Informer", "InformerModel", INFORMER, 6, informer_cases),
 }  # fmt: skip
 TIMM = importlib.util.find_spec("timm") is not None

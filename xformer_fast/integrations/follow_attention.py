@@ -240,6 +240,8 @@ class Weights(Followed):
                 add_mask(call, regrouped(real(bias), lead, folded))
         self.trace.attended = True
         out = attention(**call, dropout_p=self.dropout_p, backend=self.trace.backend)
+        if self.trace.overwrites and out.requires_grad:  # backward reads it
+            out = out.clone()
         return out.reshape(*lead, *out.shape[-2:])
 
 
