@@ -486,6 +486,12 @@ def test_report():
     assert "encoder.layer.1.attention.self" in str(report)
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_patching_again_reports_the_same(name):
+    model = build(name)
+    assert xformer_fast.patch(model) == xformer_fast.patch(model)
+
+
 @pytest.mark.parametrize("before", ["sdpa", "eager"])
 def test_unpatch_restores(before):
     model = build("bert", before)

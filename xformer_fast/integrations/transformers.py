@@ -516,7 +516,7 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
+    forward = inspect.unwrap(original(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
