@@ -119,6 +119,11 @@ def cosine(q, k, v, scale):
     return scores.softmax(-1) @ v
 
 
+def two_products(q, k, v, added):
+    scores = q @ k.transpose(-2, -1) * 0.5 + added
+    return nn.Softmax(dim=-1)(scores + (q[..., :2] @ k[..., :2].transpose(-2, -1)) / 3).type(v.dtype) @ v
+
+
 FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "plain": (plain, None, None),
     "half_scaled": (half_scaled, None, None),
@@ -130,6 +135,7 @@ FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "chosen": (chosen, keep(BATCH, HEADS, 1, LEN_K), (BATCH, HEADS, 1, LEN_K)),
     "letters": (letters, bias(LEN_Q, LEN_K), (LEN_Q, LEN_K)),
     "sequence_first": (sequence_first, bias(BATCH, HEADS, LEN_Q, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)),
+    "two_products": (two_products, bias(LEN_K), (LEN_K,)),
     "cosine": (cosine, bias(HEADS, 1, 1), None),
 }
 
@@ -159,7 +165,7 @@ def test_forms(name, calls):
     code, given, mask = FORMS[name]
     check_same(run_both(code, given))
     lead = (1, BATCH * HEADS) if name == "one_axis" else (BATCH, HEADS)
-    assert len(calls) == 1 and calls[0]["query"].shape == (*lead, LEN_Q, DIM)
+    assert len(calls) == 1 and calls[0]["query"].shape[:-1] == (*lead, LEN_Q)
     assert (mask if calls[0]["mask"] is None else tuple(calls[0]["mask"].shape)) == mask
 
 
@@ -202,6 +208,22 @@ def capped(q, k, v, _):
 def capped_in_float32(q, k, v, factor):
     scores = (1.5 + (q @ k.transpose(-2, -1)).float()) * factor.exp()
     return scores.view(BATCH * HEADS, LEN_Q, LEN_K).clamp(min=0.0).softmax(-1).view(BATCH, HEADS, LEN_Q, LEN_K) @ v
+
+
+def test_code_that_writes_to_the_output(calls):
+    """Backward reads what attention returned."""
+
+    def code(self, q, k, v, more):
+        out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        out += more
+        return out
+
+    run, leaves = following(code, None), [*draw(), bias(BATCH, HEADS, LEN_Q, DIM)]
+    results = [
+        (out, *torch.autograd.grad(out.square().sum(), leaves)) for out in (f(None, *leaves) for f in (code, run))
+    ]
+    check_same(results)
+    assert len(calls) == 1
 
 
 OTHERS = {
@@ -306,6 +328,20 @@ def test_masks_of_transformers(use, calls):
     out = following(code, None)(None, ours)
     assert (out - expected).abs().max() <= 1e-5
     assert calls[-1]["causal"] is True and calls[-1]["mask"].shape == (3, 1, 1, 9)
+
+
+def test_masks_of_scores_that_are_regrouped_and_computed(calls):
+    """The mask was added to (B, H, Sq, Sk); then batch and heads are one axis, and the host looks at the weights."""
+    ours, theirs = host_mask()
+    q, k, v = torch.randn(6, 4, 8), torch.randn(6, 9, 8), torch.randn(6, 9, 8)
+
+    def code(self, mask):
+        scores = (torch.bmm(q, k.transpose(1, 2)).view(3, 2, 4, 9) + mask).view(6, 4, 9)
+        weights = scores.softmax(-1)
+        return torch.bmm(weights, v) + F.pad(weights, (0, 1)).sum(-1, keepdim=True) * weights[..., :8].cumsum(-1)
+
+    out, expected = following(code, None)(None, ours), code(None, theirs)
+    assert (out - expected).abs().max() <= 1e-5 and len(calls) == 1
 
 
 def test_a_mask_that_meets_other_code_is_the_hosts():

@@ -202,6 +202,20 @@ def test_generate(name):
         assert torch.equal(patched.generate(**inputs, **options), expected), f"padding {padding}, {cache} cache"
 
 
+def test_generate_with_masks_that_are_followed():
+    """With a static cache they are made ahead, and come back to the mask function."""
+    sizes = {"d_model": WIDTH, "decoder_layers": 2, "decoder_attention_heads": HEADS, "decoder_ffn_dim": 48}
+    config = sizes | {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": PAD}
+    reference = make("TrOCRForCausalLM", config, "eager")
+    patched = copy.deepcopy(reference)
+    assert xformer_fast.patch(patched).count > 0
+    assert patched.config._attn_implementation == integration.FOLLOWED
+    inputs = tokens(padding="left", length=5, lengths=(5, 2, 3))
+    for cache in ("dynamic", "static"):
+        options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        assert torch.equal(patched.generate(**inputs, **options), reference.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 def test_prefill_in_pieces(name, cache):
@@ -315,6 +329,19 @@ def test_masks_say_what_sdpa_masks_say(causal, window, padding):
                 assert mask.shape[2] == 1, "dense"
                 assert mask.untyped_storage().nbytes() <= 3 * 4 * kv_length
             assert torch.equal(spell_out(mask, q_length, kv_length, causal).expand_as(dense), dense)
+
+
+def test_models_that_compute_with_masks_get_their_own():
+    """BigBird-Pegasus, for a short input, puts modules in that nobody patched, and that add the mask."""
+    sizes = ENCODER_DECODER | {"block_size": 4, "num_random_blocks": 1}
+    reference = make("BigBirdPegasusForConditionalGeneration", sizes, "eager")
+    patched = copy.deepcopy(reference)
+    assert xformer_fast.patch(patched).count > 0
+    assert patched.config._attn_implementation == "xformer_fast_float_masks"
+    assert integration._masks_of(reference, "sdpa") == "_bool_masks"
+    target = tokens(length=9, lengths=(9, 4, 6))
+    inputs = tokens() | {f"decoder_{key}": value for key, value in target.items()}
+    check_equal(reference, patched, inputs, target["attention_mask"].bool())
 
 
 def test_unknown_mask_functions_stay_dense():
@@ -459,6 +486,12 @@ def test_report():
     assert "encoder.layer.1.attention.self" in str(report)
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_patching_again_reports_the_same(name):
+    model = build(name)
+    assert xformer_fast.patch(model) == xformer_fast.patch(model)
+
+
 @pytest.mark.parametrize("before", ["sdpa", "eager"])
 def test_unpatch_restores(before):
     model = build("bert", before)
@@ -573,6 +606,34 @@ def test_configs_stay_nested_and_keep_what_was_changed():
         model.config.text_config.pad_token_id = 7
     assert model.text_model.config.pad_token_id == 7 and config.text_config.pad_token_id != 7
     assert model.text_model.config._attn_implementation == "eager"
+
+
+def test_configs_without_a_model_of_their_own():
+    """SAM's prompt encoder computes no attention: transformers sets no implementation in its config."""
+    vision = {key: IMAGE[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")}
+    config = transformers.SamConfig(
+        vision_config=vision | {"mlp_dim": 48, "output_channels": 16, "image_size": 32, "window_size": 3,
+                                "global_attn_indexes": [1], "num_pos_feats": 8},
+        prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 4, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "iou_head_hidden_dim": 16},
+    )  # fmt: skip
+    model = torch.nn.ModuleDict({"bert": build("bert"), "sam": transformers.SamModel(config)})
+
+    def implementations():
+        return [integration._implementations(host.config) for host in (model["bert"], model["sam"])]
+
+    before = implementations()
+    assert before[1]["prompt_encoder_config"][""] is None
+    xformer_fast.patch(model)
+    once = implementations()
+    xformer_fast.patch(model)
+    assert implementations() == once and once != before
+    xformer_fast.unpatch(model)
+    assert implementations() == before
+    with xformer_fast.patched(model):
+        assert implementations() == once
+    assert implementations() == before
 
 
 def test_a_model_inside_another_is_patched_too():

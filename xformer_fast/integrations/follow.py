@@ -10,8 +10,10 @@ A function without a rule, or whose rule says NotImplemented, finds the tensor t
 by the host's own operations, and the host goes on with it. So a module may be followed in vain, never wrongly.
 """
 
+import dis
 import functools
 import inspect
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 class Trace:
     """What is followed in one call of a module."""
 
-    def __init__(self, backend: str | None, maps: bool = False):
+    def __init__(self, backend: str | None, maps: bool = False, overwrites: bool = False):
         self.backend = backend
+        self.overwrites = overwrites  # the code writes to tensors in place, maybe to what attention returned
         self.maps = maps  # maps that are cut into windows are followed too: follow_windows.py
         self.windows = None  # the geometry of the map that was rolled and cut last
         self.begun = []  # maps that were rolled or cut, and masks, that following began with
@@ -100,6 +103,7 @@ def following(
     Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
     """
     names = list(inspect.signature(method).parameters)
+    overwrites = _overwrites(inspect.unwrap(method).__code__)
     wish = names.index("output_attentions") - 1 if "output_attentions" in names else None
     ways = weakref.WeakKeyDictionary()  # module -> {what the way depends on: "mode", "stand-in" or "plain"}
 
@@ -109,7 +113,7 @@ def following(
         inside = any(isinstance(x, Followed) and x.trace.maps for x in (*args, *kwargs.values()))
         if asked or inside:  # of a method that is followed
             return method(self, *args, **kwargs)
-        trace = Trace(backend, maps is not None and maps())
+        trace = Trace(backend, maps is not None and maps(), overwrites)
         known, key, first = {}, None, args[0] if args else None
         if trace.maps and stand_in and _is_map(first) and not torch.compiler.is_compiling():
             known, key = ways.setdefault(self, {}), (first.shape, self.training)
@@ -132,6 +136,12 @@ def following(
         return _returned(result)
 
     return followed
+
+
+def _overwrites(code: types.CodeType) -> bool:
+    """Does it write to tensors in place? (+= and the like, or a method whose name ends in _)"""
+    named = any(name.endswith("_") and not name.endswith("__") for name in code.co_names)
+    return named or any(i.opname == "BINARY_OP" and i.argrepr.endswith("=") for i in dis.get_instructions(code))
 
 
 def _is_map(x) -> bool:
@@ -196,6 +206,10 @@ class Followed:
     def on_same(self, x, *args, **kwargs):
         return x
 
+    def on_type(self, x, *args):
+        cast = getattr(type(self), "on_cast", None)
+        return cast(self, x, *args) if cast and len(args) == 1 and isinstance(args[0], torch.dtype) else NotImplemented
+
 
 _NAMES = {  # the rule -> the names that torch, Tensor and functional have for the function
     "matmul": ("matmul", "bmm", "__matmul__"),
@@ -228,6 +242,7 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "scaled_dot_product_attention": ("scaled_dot_product_attention",),
     "same": ("contiguous", "clone"),
     "cast": ("float", "to", "type_as"),
+    "type": ("type",),
 }
 
 

@@ -15,6 +15,7 @@ Different from the host by intent: a masked key is left out, where hosts add a l
 no key left gives zeros. Queries and keys must not be written to between the product and the softmax.
 """
 
+import copy
 import functools
 import math
 
@@ -74,7 +75,8 @@ class Scores(Followed):
         scores = scores if self.cast is None else scores.to(self.cast)
         scores = scores + self.shift if self.shift else scores
         lowest = torch.finfo(scores.dtype).min
-        for bias in map(real, self.biases):
+        for bias in self.biases:
+            bias = bias.spread() if isinstance(bias, Bias) else bias
             scores = scores.masked_fill(~bias, lowest) if bias.dtype == torch.bool else scores + bias
         return scores
 
@@ -99,6 +101,8 @@ class Scores(Followed):
         bias = b if a is self else a
         if isinstance(bias, int | float) and not kwargs:
             return self.but(shift=self.shift + bias)
+        if isinstance(bias, Scores) and not kwargs:
+            return self._plus(bias)
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
         fits = (
             part.shape == self.shape if isinstance(part, Decomposed) else isinstance(part, Bias) or self._takes(part)
@@ -107,6 +111,17 @@ class Scores(Followed):
         if kwargs or not all(fits):
             return NotImplemented
         return self.but(biases=(*self.biases, *parts))
+
+    def _plus(self, other: "Scores"):
+        """Two products as one, features side by side: LiLT's, of text and of layout."""
+        parts = self, other
+        plain = all(isinstance(s.query, Tensor) and not s.cosine and s.factor is None for s in parts)
+        if not plain or self.shape != other.shape or self.dtype != other.dtype:
+            return NotImplemented
+        query = torch.cat([s.query * s.scale for s in parts], -1)
+        key = torch.cat([s.key for s in parts], -1)
+        biases = (*self.biases, *other.biases)
+        return Scores(self.trace, query, key, shift=self.shift + other.shift, biases=biases, cast=self.cast)
 
     def on_sub(self, a, b, **kwargs):
         return self.on_add(a, -b, **kwargs) if a is self and isinstance(b, Tensor) else NotImplemented
@@ -238,6 +253,8 @@ class Weights(Followed):
                 add_mask(call, regrouped(real(bias), lead, folded))
         self.trace.attended = True
         out = attention(**call, dropout_p=self.dropout_p, backend=self.trace.backend)
+        if self.trace.overwrites and out.requires_grad:  # backward reads it
+            out = out.clone()
         return out.reshape(*lead, *out.shape[-2:])
 
 
@@ -282,13 +299,21 @@ class Unit(Followed):
 class Bias(Followed):
     """Something to be added to scores, or a mask of them."""
 
+    views = ()  # the leading sizes, before and after, of each view that scores have had since it was added
+
     def inverted(self):
         """A bool mask that is True where this one is False."""
         return NotImplemented
 
     def regrouped(self, old, new) -> "Bias":
         """For scores whose leading sizes change from `old` to `new`."""
-        return self
+        twin = copy.copy(self)
+        twin.views = (*self.views, (tuple(old), tuple(new)))
+        return twin
+
+    def spread(self) -> Tensor:
+        """The tensor, in the shape that it broadcasts to those scores in."""
+        return functools.reduce(lambda bias, view: regrouped(bias, *view), self.views, self.real())
 
     def on_add(self, a, b, **kwargs):
         other = b if a is self else a

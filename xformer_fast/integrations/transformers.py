@@ -25,13 +25,18 @@ to `sdpa_mask` for mask functions other than transformers' own plain ones, where
 (`allow_is_causal_skip=False`: the model will compute with the mask, or decodes with a static cache, where the mask is
 one row), for chunked attention, and under torch.compile for packed sequences and a static cache's prefill.
 
+Models whose own code computes with masks (attention beside AttentionInterface, masks that grow by a piece) get those of
+their own implementation, `eager_mask` or `sdpa_mask`, under a name of its own: see `_MASKS`.
+
 Not done: attention weights (`output_attentions`), head masks, sparse indices, continuous batching's paged cache. They
 raise, as does any option that is not known to be harmless.
 """
 
 import copy
+import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,6 +63,7 @@ from .followed import scorers
 
 NAME = "xformer_fast"
 FOLLOWED = "xformer_fast_followed"  # the implementation of models that compute their scores themselves: masks alone
+_MASKS = {"": None, "_float_masks": eager_mask, "_bool_masks": sdpa_mask}  # what a name ends in -> a host's masks
 _RECORD = "_xformer_fast_patch"
 _DTYPES = (torch.int16, torch.uint8, torch.int32, torch.int64)
 
@@ -384,21 +390,29 @@ class Mask(Rule):
 
 
 def followed_mask(**given) -> Mask:
-    """The mask function of models whose attention is followed: called as any is, by keywords."""
-    return Mask(given)
+    """The mask function of models whose attention is followed: called as any is, by keywords.
+
+    With a static cache `generate` asks ahead, and the model asks again with what it was given: no tensor, as is known.
+    """
+    known = given.get("attention_mask")
+    return known if isinstance(known, Mask) else Mask(given)
 
 
 # Registration and patching
 
 
 def register(backend: str | None = None) -> str:
-    """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name."""
+    """Registers both functions as "xformer_fast" or, for one backend, "xformer_fast_<backend>"; returns the name.
+
+    The names that end as `_MASKS` says stand for the same attention behind a host's own masks.
+    """
     if "q_length" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError("transformers is too old: its mask functions take no q_length; install 5.4 or later")
     name = NAME if backend is None else f"{NAME}_{backend}"
     forward = attention_forward if backend is None else functools.partial(attention_forward, backend=backend)
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, structured_mask)
+    for end, mask_function in _MASKS.items():
+        AttentionInterface.register(name + end, forward)
+        AttentionMaskInterface.register(name + end, mask_function or structured_mask)
     AttentionMaskInterface.register(FOLLOWED, followed_mask)
     return name
 
@@ -425,9 +439,11 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
 
 def unpatch_model(model: nn.Module):
     for host in reversed([*model.modules()]):  # a model inside another one that is patched was patched after it
-        record = vars(host).pop(_RECORD, None)
-        for name, implementation in record.before.items() if record is not None else ():
-            _assign(host.get_submodule(name), implementation)
+        record = vars(host).get(_RECORD)
+        if record is not None:
+            for name, implementations in record.before.items():
+                _restore(host.get_submodule(name).config, implementations)
+            del vars(host)[_RECORD]
 
 
 def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend: str | None, report: PatchReport):
@@ -440,6 +456,7 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
     followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
+    wanted = {}
     if followed or not all(reasons.values()):
         if _RECORD not in vars(host):
             _own_configs(root, path, host)
@@ -447,13 +464,19 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         before = {name: _implementations(owner.config) for name, owner in owners.values()}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
-            wanted = FOLLOWED if name in followed else before[name] if reasons[name] else implementation
-            _assign(owner, wanted)
+            if name in followed:
+                _assign(owner, FOLLOWED)
+            elif reasons[name]:
+                _restore(owner.config, before[name])
+            else:
+                wanted[name] = implementation + _masks_of(owner, before[name][""])
+                _assign(owner, wanted[name])
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
         owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
-        if getattr(module, "config", host.get_submodule(owner).config)._attn_implementation == implementation:
+        config = getattr(module, "config", host.get_submodule(owner).config)
+        if config._attn_implementation in wanted.values():
             report.replaced.append(prefix + name)
         else:
             report.skipped[prefix + name] = reasons[owner] or "its config did not take the implementation"
@@ -493,22 +516,50 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
+    forward = inspect.unwrap(original(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _implementations(config) -> dict:
-    """The implementation of a config and of those below it, in the form that `set_attn_implementation` takes."""
+    """The implementation of a config, under "", and of those below it; None where no model has set one."""
     below = ((key, getattr(config, key, None)) for key in config.sub_configs)
     return {"": config._attn_implementation} | {key: _implementations(sub) for key, sub in below if sub is not None}
 
 
-def _assign(owner: PreTrainedModel, implementation: str | dict):
+def _restore(config, implementations: dict):
+    """Writes what `_implementations` read; setters check names, and know no None."""
+    config._attn_implementation_internal = implementations[""]
+    for key, below in implementations.items():
+        sub = getattr(config, key, None) if key else None
+        if sub is not None:
+            _restore(sub, below)
+
+
+def _assign(owner: PreTrainedModel, implementation: str):
     if owner._can_set_attn_implementation():
         owner.set_attn_implementation(implementation)
     else:  # transformers refuses: there the config's entry decides on masks alone
-        whole = implementation[""] if isinstance(implementation, dict) else implementation
-        owner.config._attn_implementation_internal = whole
+        owner.config._attn_implementation_internal = implementation
+
+
+def _masks_of(owner: PreTrainedModel, implementation: str | None) -> str:
+    """The end of the implementation's name, by the masks that a model can take; `implementation` is its own."""
+    modules = [*owner.modules()]
+    if not any(scorers(original(m)) or (_uses_interface(m) and _computes_with_its_mask(original(m))) for m in modules):
+        return ""
+    return "_float_masks" if implementation in (None, "eager") else "_bool_masks"
+
+
+@functools.cache
+def _computes_with_its_mask(cls: type) -> bool:
+    """Does it do more with its attention_mask than cut it and hand it on?"""
+    instructions = [*dis.get_instructions(inspect.unwrap(cls.forward))]
+    return any(
+        first.opname.startswith("LOAD_FAST")
+        and first.argval == "attention_mask"
+        and second.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "BINARY_OP"))
+        for first, second in itertools.pairwise(instructions)
+    )
 
 
 def _is_followed(owner: PreTrainedModel, backend: str | None) -> bool:
