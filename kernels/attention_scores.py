@@ -259,7 +259,7 @@ def scores(products, rows, columns, length_q, key_limit, shift, scale, own, left
             s = tl.where(added != 0, s, float("-inf"))
         else:
             added = added.to(tl.float32)
-            # The least number of a type is not -inf: a row of nothing else weighs its keys alike. Below -1e20 all is one
+            # A type's least number is not -inf: a row of nothing else weighs its keys alike. Below -1e20 all is one
             # power of two, which lse takes to the backward and back without a rounding.
             s += tl.where(added < -1e20, tl.where(added == float("-inf"), added, LEAST), added * LOG2E)
     if PASS != WHOLE:
