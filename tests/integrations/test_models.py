@@ -23,7 +23,6 @@ from model_list import (
     image_cases,
     noise,
     result,
-    rows,
     translation_cases,
     wave_cases,
 )
@@ -97,27 +96,6 @@ def vits_cases():
     return {"right padding": run}
 
 
-def boxes():
-    inputs = ids(padding="right")
-    return {
-        "right padding": call(**inputs, bbox=torch.arange(4).expand(3, 13, 4) + inputs["input_ids"][..., None] % 40)
-    }
-
-
-def bros_cases():
-    inputs = ids(padding="right")
-    return {"right padding": call(**inputs, bbox=noise(3, 13, 8).sigmoid())}
-
-
-def blip_cases():
-    """As the decoder that captions, and as an encoder that looks at a picture."""
-    picture = {"encoder_hidden_states": noise(3, 5, WIDTH), "encoder_attention_mask": rows(5, (5, 3, 4)).long()}
-    return {
-        "causal": call(**ids(padding="right"), is_decoder=True, **picture),
-        "both ways": call(**ids(padding="right"), **picture),
-    }
-
-
 BIG_BIRD = SEQ2SEQ | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}
 MORE |= {
     "bigbird_pegasus": hf(
@@ -133,21 +111,6 @@ MORE |= {
             "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
         },
     ),
-    "vilt": hf(
-        "ViLT", "ViltModel", IMAGE | {"vocab_size": VOCAB, "max_position_embeddings": 64},
-        cases=lambda: {"pixels": call(**ids(padding="right"), pixel_values=noise(3, 3, 20, 20))},
-    ),
-    "blip_text": hf(
-        "BLIP text", "BlipTextModel", TEXT | {"encoder_hidden_size": WIDTH, "projection_dim": 8}, cases=blip_cases
-    ),
-    "lilt": hf("LiLT", "LiltModel", TEXT | {"channel_shrink_ratio": 2, "max_2d_position_embeddings": 64}, cases=boxes),
-    "bros": hf("BROS", "BrosModel", TEXT | {"dim_bbox_sinusoid_emb_2d": 8}, cases=bros_cases),
-    "imagegpt": hf(
-        "ImageGPT", "ImageGPTModel",
-        {"n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCAB, "n_positions": 64},
-        cases=lambda: {"odd length": call(input_ids=ids()["input_ids"])},
-    ),
-    "squeezebert": hf("SqueezeBERT", "SqueezeBertModel", TEXT | {"embedding_size": WIDTH}),
     "nystromformer": hf(
         "Nystromformer", "NystromformerModel",
         TEXT | {"num_landmarks": 4, "segment_means_seq_len": 12, "conv_kernel_size": 3},
