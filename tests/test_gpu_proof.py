@@ -133,14 +133,14 @@ def test_a_killed_run_says_what_passed_and_is_gone_on_with(tmp_path, monkeypatch
             (Path(line["test"]).name, line["outcome"]) for line in map(json.loads, path.read_text().splitlines()[1:])
         ]
 
-    assert not gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report))
+    assert not gpu_proof.run_tests("tests-attention", tmp_path, 300, gpu_proof.Report(report))
     assert lines() == [(PASSING, "passed"), (FAILING, "failed")]
     assert "1 passed, 1 failed" in report.read_text() and "is not proven" in report.read_text()
     monkeypatch.setenv("SECOND", "1")
-    assert gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report))
+    assert gpu_proof.run_tests("tests-attention", tmp_path, 300, gpu_proof.Report(report))
     assert lines()[2:] == [(FAILING, "passed"), (LAST, "passed")]
     assert json.loads(gpu_proof.PROVEN.read_text())["attention/triton"]["tests"] == 3
-    assert gpu_proof.run_tests("tests-attention", tmp_path, 100, gpu_proof.Report(report)), "nothing was left to run"
+    assert gpu_proof.run_tests("tests-attention", tmp_path, 300, gpu_proof.Report(report)), "nothing was left to run"
 
 
 def test_a_build_is_made_once_for_the_gpu_at_hand(tmp_path, monkeypatch, gpu):

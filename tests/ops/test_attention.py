@@ -249,7 +249,7 @@ def test_gradient_of_a_mask_of_the_row_is_summed_before_it_is_rounded(backend, s
         return torch.autograd.grad((out, lse), leaf, grads)[0]
 
     exact, naive = gradient(torch.Tensor.double, "reference"), gradient(lambda t: t, "reference")
-    check_close(gradient(lambda t: t, backend), exact, naive, magnitude=40.0)
+    check_close(gradient(lambda t: t, backend), exact, naive, magnitude=80.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
