@@ -83,7 +83,7 @@ def call(config: Config, length: int = 512, window: int = -1):
     attention_backward.backward(out, grad_lse, query, key, value, out, lse, residual, *terms, *numbers, *needs)
 
 
-MOST_STACK = 8  # bytes: two numbers of a row that a loop does not need
+MOST_STACK = 16  # bytes: four numbers of a row that a loop does not need
 
 
 @functools.cache
