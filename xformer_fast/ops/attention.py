@@ -409,6 +409,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         if call.relative_bias is not None:
             lengths = call.max_seqlen_q, call.max_seqlen_k
             distance_bias = call.relative_bias.values_for(*lengths, top_left=top_left).float().contiguous()
+            checks.refuse_forward_ad("attention", distance_bias)
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
             if mask.dtype == torch.float64:
@@ -514,7 +515,7 @@ def _run_plain(plain: operator.PlainOperator, query, key, value, scale, causal) 
 def _run_eagerly(kernels: operator.Operator, arguments, requires_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if torch._C._are_functorch_transforms_active():
-            return kernels.transformed.apply(*arguments)
+            return operator.apply_twin(kernels.transformed, *arguments)
         if requires_grad and torch.is_grad_enabled():
             if torch.is_autocast_enabled(arguments[0].device.type):
                 return kernels.forward(*arguments)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 
+NO_FORWARD_AD = '{}: forward-mode AD is not implemented by the kernels; use backend="reference"'
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -210,4 +211,4 @@ def refuse_forward_ad(op: str, *tensors):
     if not forward_ad_is_on():
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f'{op}: forward-mode AD is not implemented by the kernels; use backend="reference"')
+        raise NotImplementedError(NO_FORWARD_AD.format(op))

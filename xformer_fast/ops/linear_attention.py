@@ -24,6 +24,7 @@ from ..feature_maps import FeatureMap
 from . import checks
 from . import linear_attention_operator as operator
 from .attention import _any_requires_grad
+from .attention_operator import apply_twin
 
 State = tuple[Tensor, Tensor]
 
@@ -287,7 +288,7 @@ def kernel_runner(forward: Callable, twin: type, fused=feature_maps.FUSED) -> Ca
 def _run_eagerly(forward: Callable, twin: type, arguments):
     try:
         if torch._C._are_functorch_transforms_active():
-            return twin.apply(*arguments)
+            return apply_twin(twin, *arguments)
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python

@@ -180,7 +180,7 @@ def kernel_runner(operators: operator.Operators) -> Callable[[Call], tuple[Tenso
     """Runs a checked call on registered operators."""
 
     def run(call: Call) -> tuple[Tensor, ...]:
-        checks.refuse_forward_ad("apply_rope", *call.tensors)
+        checks.refuse_forward_ad("apply_rope", *call.tensors, call.cos, call.sin)
         sections = None if call.sections is None else list(call.sections)
         cos, sin = (table if table.dtype == torch.float32 else table.float() for table in (call.cos, call.sin))
         arguments = cos, sin, *call.positions, *call.first, sections, call.interleaved, call.inverse
