@@ -89,6 +89,8 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "map_dimensions": ({"decomposed_bias": (ROWS[0], ROWS)}, ValueError, "decomposed_bias: rel_h must be"),
     "map_size": ({"decomposed_bias": (ROWS, ROWS[..., :2])}, ValueError, "decomposed_bias is of 3 x 2 keys"),
     "scale_infinite": ({"scale": float("inf")}, ValueError, "scale must be finite"),
+    "scale_beyond_float32": ({"scale": -1e300}, ValueError, "scale must be finite in float32"),
+    "softcap_beyond_float32": ({"softcap": 1e300}, ValueError, "softcap must be positive and finite in float32"),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale must be finite"),
     "scale_type": ({"scale": "1"}, TypeError, "scale must be a number"),
     "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap must be"),

@@ -146,7 +146,7 @@ def test_an_unwatched_call_without_options_takes_the_plain_operators():
     ({"key": torch.zeros(1, 2, 8, 15)}, ValueError), ({"value": torch.zeros(1, 2, 7, 16)}, ValueError),
     ({"key": torch.zeros(1, 2, 8, 16).double()}, TypeError),
     ({"value": torch.zeros(1, 2, 8, 16, device="meta")}, ValueError),
-    ({"backend": "triton"}, xformer_fast.BackendUnavailable),
+    ({"backend": "triton"}, xformer_fast.BackendUnavailable), ({"scale": 1e300}, ValueError),
 ])  # fmt: skip
 def test_a_call_is_checked_though_one_like_it_passed(wrong, error):
     right = dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 8, 16))

@@ -1,7 +1,6 @@
 """Softmax attention: `attention`, `scaled_dot_product_attention`, `varlen_attention`, and their table of backends."""
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -500,7 +499,7 @@ def _run_as_before(query, key, value, causal, scale) -> tuple[Tensor, Tensor] | 
         return None
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif type(scale) is not float or not math.isfinite(scale):
+    elif type(scale) is not float or not -checks.LARGEST <= scale <= checks.LARGEST:
         return None
     return _run_plain(plain, query, key, value, scale, operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL)
 

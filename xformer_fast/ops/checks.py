@@ -1,7 +1,6 @@
 """Argument checks that ops share: ValueError or TypeError, naming the argument, what it was and what it must be."""
 
 import itertools
-import math
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -10,6 +9,7 @@ from torch import Tensor
 from .. import dispatch
 
 NO_FORWARD_AD = '{}: forward-mode AD is not implemented by the kernels; use backend="reference"'
+LARGEST = torch.finfo(torch.float32).max  # of numbers that kernels take
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -186,12 +186,12 @@ def check_sinks(sinks, heads, device):
 def check_numbers(scale, softcap, dropout_p):
     if scale is not None:
         check_number("scale", scale)
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"scale must be finite, got {scale}")
+        if not -LARGEST <= scale <= LARGEST:
+            raise ValueError(f"scale must be finite in float32, got {scale}")
     if softcap is not None:
         check_number("softcap", softcap)
-        if not 0 <= softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite (0 or None: none), got {softcap}")
+        if not 0 <= softcap <= LARGEST:
+            raise ValueError(f"softcap must be positive and finite in float32 (0 or None: none), got {softcap}")
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")

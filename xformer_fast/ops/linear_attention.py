@@ -177,8 +177,8 @@ def _checked(query, key, value, *options) -> Call:
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not 0 <= call.eps < float("inf"):
         raise ValueError(f"eps must be finite and >= 0, got {call.eps}")
-    if not -float("inf") < call.scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {call.scale}")
+    if not -checks.LARGEST <= call.scale <= checks.LARGEST:
+        raise ValueError(f"scale must be finite in float32, got {call.scale}")
     feature_maps.check(call.feature_map, query.shape[-1])
     if call.key_lengths is not None:
         checks.check_lengths("key_lengths", call.key_lengths, batch, device)
