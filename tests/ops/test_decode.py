@@ -162,6 +162,7 @@ Q, KEYS, VALUES, K, V = inputs(tokens=2)
 LENGTHS = torch.tensor([3, 10], dtype=torch.int32)
 PAGED = torch.randn(8, 2, 4, 16)
 TABLE = torch.arange(8, dtype=torch.int32).reshape(2, 4)
+LEARNED = torch.ones(50, 8, requires_grad=True)
 
 
 def call(query=Q, key_cache=KEYS, value_cache=VALUES, cache_lengths=LENGTHS, **options):
@@ -216,6 +217,8 @@ new = {"new_key": K, "new_value": V}
         (lambda b: call(relative_bias=xformer_fast.DistanceBias(torch.ones(4, 40)), backend=b), r"capacity - 1 = 41"),
         (lambda b: call(query=Q.clone().requires_grad_(), backend=b), "query requires grad"),
         (lambda b: call(**{**new, "new_key": K.clone().requires_grad_()}, backend=b), "new_key requires grad"),
+        (lambda b: call(rope=xformer_fast.Rope(LEARNED, LEARNED.detach()), backend=b), "rope.cos requires grad"),
+        (lambda b: call(rope=xformer_fast.Rope(LEARNED.detach(), LEARNED), backend=b), "rope.sin requires grad"),
         (lambda b: call(backend="nope"), "backend must be one of"),
     ],
 )
