@@ -202,6 +202,11 @@ def check_number(name: str, number):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
 
 
+def check_int(name: str, number):
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {number!r}")
+
+
 def forward_ad_is_on() -> bool:
     return forward_ad._current_level >= 0
 
