@@ -99,6 +99,8 @@ DENSE = {  # what is wrong: (arguments, exception, words of the message)
     "map_dimensions": ({"decomposed_bias": (ROWS[0], ROWS)}, ValueError, "decomposed_bias: rel_h must be"),
     "map_size": ({"decomposed_bias": (ROWS, ROWS[..., :2])}, ValueError, "decomposed_bias is of 3 x 2 keys"),
     "scale_infinite": ({"scale": float("inf")}, ValueError, "scale must be finite"),
+    "scale_beyond_float32": ({"scale": -1e300}, ValueError, "scale must be finite in float32"),
+    "softcap_beyond_float32": ({"softcap": 1e300}, ValueError, "softcap must be positive and finite in float32"),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale must be finite"),
     "scale_type": ({"scale": "1"}, TypeError, "scale must be a number"),
     "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap must be"),
@@ -210,12 +212,44 @@ def test_torch_signature(wrong):
         (lambda: DistanceBias(torch.ones(9)), "values must be"),
         (lambda: T5Bias(torch.ones(32)), "table must be"),
         (lambda: T5Bias(torch.ones(32, 4), max_distance=8), "max_distance must exceed"),
+        (lambda: Rope(SHORT, SHORT, sections=()), "sections must sum"),
+        (lambda: xformer_fast.rope_frequencies(8, base=0), "base must be positive and finite, got 0"),
+        (lambda: xformer_fast.rope_frequencies(8, base=float("inf")), "base must be positive and finite, got inf"),
+        (lambda: xformer_fast.rope_tables(torch.ones(4), -1), "positions_or_length must be a length >= 0"),
         (lambda: xformer_fast.alibi_slopes(0), "num_heads must be at least 1"),
         (lambda: xformer_fast.explain("softmax"), "op must be one of"),
     ],
 )
 def test_positions_and_information(make, words):
     with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: Rope([1.0], SHORT), "cos must be a torch.Tensor, got list"),
+        (lambda: Rope(SHORT, None), "sin must be a torch.Tensor, got NoneType"),
+        (lambda: Rope(SHORT, SHORT, sections=4), "sections must be a tuple of ints, got 4"),
+        (lambda: Rope(SHORT, SHORT, sections="ab"), "sections must be a tuple of ints, got 'ab'"),
+        (lambda: Rope(SHORT, SHORT, sections=(2.0, 2.0)), "sections must be a tuple of ints"),
+        (lambda: Rope(SHORT, SHORT, key_positions=[0, 1]), "key_positions must be a torch.Tensor, got list"),
+        (lambda: xformer_fast.apply_rope(Q, LONG, LONG, positions=[0] * 6), "positions must be a torch.Tensor"),
+        (lambda: xformer_fast.rope_frequencies("8"), "rotary_dim must be an int, got '8'"),
+        (lambda: xformer_fast.rope_frequencies(8.0), "rotary_dim must be an int, got 8.0"),
+        (lambda: xformer_fast.rope_frequencies(8, base="1e4"), "base must be a number, got str"),
+        (lambda: xformer_fast.rope_tables([1.0], 8), "inv_freq must be a torch.Tensor, got list"),
+        (lambda: xformer_fast.rope_tables(torch.ones(4), 2.5), "positions_or_length must be an int, got 2.5"),
+        (lambda: DistanceBias([[0.0]]), "values must be a torch.Tensor, got list"),
+        (lambda: DistanceBias(torch.ones(2, 9).int()), "values must be a float tensor, got torch.int32"),
+        (lambda: T5Bias([[0.0]]), "table must be a torch.Tensor, got list"),
+        (lambda: T5Bias(torch.ones(32, 4).long()), "table must be a float tensor, got torch.int64"),
+        (lambda: T5Bias(torch.ones(32, 4), max_distance="128"), "max_distance must be a number, got str"),
+        (lambda: xformer_fast.alibi_slopes(2.5), "num_heads must be an int, got 2.5"),
+    ],
+)
+def test_types_of_positions(make, words):
+    with pytest.raises(TypeError, match=words):
         make()
 
 
