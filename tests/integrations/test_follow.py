@@ -119,6 +119,11 @@ def cosine(q, k, v, scale):
     return scores.softmax(-1) @ v
 
 
+def two_products(q, k, v, added):
+    scores = q @ k.transpose(-2, -1) * 0.5 + added
+    return nn.Softmax(dim=-1)(scores + (q[..., :2] @ k[..., :2].transpose(-2, -1)) / 3).type(v.dtype) @ v
+
+
 FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "plain": (plain, None, None),
     "half_scaled": (half_scaled, None, None),
@@ -130,6 +135,7 @@ FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "chosen": (chosen, keep(BATCH, HEADS, 1, LEN_K), (BATCH, HEADS, 1, LEN_K)),
     "letters": (letters, bias(LEN_Q, LEN_K), (LEN_Q, LEN_K)),
     "sequence_first": (sequence_first, bias(BATCH, HEADS, LEN_Q, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)),
+    "two_products": (two_products, bias(LEN_K), (LEN_K,)),
     "cosine": (cosine, bias(HEADS, 1, 1), None),
 }
 
@@ -159,7 +165,7 @@ def test_forms(name, calls):
     code, given, mask = FORMS[name]
     check_same(run_both(code, given))
     lead = (1, BATCH * HEADS) if name == "one_axis" else (BATCH, HEADS)
-    assert len(calls) == 1 and calls[0]["query"].shape == (*lead, LEN_Q, DIM)
+    assert len(calls) == 1 and calls[0]["query"].shape[:-1] == (*lead, LEN_Q)
     assert (mask if calls[0]["mask"] is None else tuple(calls[0]["mask"].shape)) == mask
 
 

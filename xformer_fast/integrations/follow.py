@@ -206,6 +206,10 @@ class Followed:
     def on_same(self, x, *args, **kwargs):
         return x
 
+    def on_type(self, x, *args):
+        cast = getattr(type(self), "on_cast", None)
+        return cast(self, x, *args) if cast and len(args) == 1 and isinstance(args[0], torch.dtype) else NotImplemented
+
 
 _NAMES = {  # the rule -> the names that torch, Tensor and functional have for the function
     "matmul": ("matmul", "bmm", "__matmul__"),
@@ -238,6 +242,7 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "scaled_dot_product_attention": ("scaled_dot_product_attention",),
     "same": ("contiguous", "clone"),
     "cast": ("float", "to", "type_as"),
+    "type": ("type",),
 }
 
 

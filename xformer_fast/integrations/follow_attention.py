@@ -101,6 +101,8 @@ class Scores(Followed):
         bias = b if a is self else a
         if isinstance(bias, int | float) and not kwargs:
             return self.but(shift=self.shift + bias)
+        if isinstance(bias, Scores) and not kwargs:
+            return self._plus(bias)
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
         fits = (
             part.shape == self.shape if isinstance(part, Decomposed) else isinstance(part, Bias) or self._takes(part)
@@ -109,6 +111,17 @@ class Scores(Followed):
         if kwargs or not all(fits):
             return NotImplemented
         return self.but(biases=(*self.biases, *parts))
+
+    def _plus(self, other: "Scores"):
+        """Two products as one, features side by side: LiLT's, of text and of layout."""
+        parts = self, other
+        plain = all(isinstance(s.query, Tensor) and not s.cosine and s.factor is None for s in parts)
+        if not plain or self.shape != other.shape or self.dtype != other.dtype:
+            return NotImplemented
+        query = torch.cat([s.query * s.scale for s in parts], -1)
+        key = torch.cat([s.key for s in parts], -1)
+        biases = (*self.biases, *other.biases)
+        return Scores(self.trace, query, key, shift=self.shift + other.shift, biases=biases, cast=self.cast)
 
     def on_sub(self, a, b, **kwargs):
         return self.on_add(a, -b, **kwargs) if a is self and isinstance(b, Tensor) else NotImplemented
