@@ -376,6 +376,26 @@ def test_unknown_options_raise(option):
     integration.attention_forward(Layer(), *qkv(), None, position_ids=torch.arange(6), use_cache=True, **{option: None})
 
 
+def test_options_of_generate_that_leak_are_harmless():
+    query, key, value = qkv()
+    plain, _ = integration.attention_forward(Layer(), query, key, value, None)
+    out, _ = integration.attention_forward(Layer(), query, key, value, None, max_new_tokens=5, do_sample=True)
+    assert torch.equal(out, plain)
+
+
+def test_attention_to_chosen_keys_is_left():
+    config = GQA | {
+        "num_key_value_heads": HEADS, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "qk_nope_head_dim": 4, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    model = make("DeepseekV32ForCausalLM", config, "eager")
+    report = xformer_fast.patch(model)
+    assert report.count == 0 and len(report.skipped) == 2
+    assert all("chosen keys" in reason for reason in report.skipped.values())
+    assert model.config._attn_implementation == "eager"
+
+
 def test_output_attentions_raises_in_a_model():
     _, patched = twins("bert")
     with pytest.raises(TypeError, match="output_attentions"):

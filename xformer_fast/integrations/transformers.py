@@ -42,7 +42,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -74,14 +80,16 @@ _HARMLESS = frozenset(  # what models hand down with their other keyword argumen
         "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
         "seq_idx", "token_type_ids", "use_cache",
     }
-)  # fmt: skip
+).union(vars(GenerationConfig())) - {"output_attentions"}  # fmt: skip
 _REFUSED = {
     "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
     "head_mask": "heads cannot be masked",
     "indices": "sparse attention to chosen keys is not supported",
     "block_indices": "sparse attention to chosen blocks is not supported",
+    "sinks": "sinks that differ from query to query are not supported",
     "cache": "continuous batching's paged cache is not supported",
 }
+_REFUSED_AT_ONCE = ("indices", "block_indices", "sinks")  # modules that hand these down are left as they are
 
 
 def attention_forward(
@@ -453,6 +461,9 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         if isinstance(module, PreTrainedModel):
             owners.setdefault(id(module.config), (name, module))
     reasons = {name: _reason_against(owner, backend) for name, owner in owners.values()}
+    for name, module in attentions.items():
+        owner = _owner_of(name, owners)
+        reasons[owner] = reasons[owner] or _refused(original(module))
     followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
@@ -474,7 +485,7 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
-        owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
+        owner = _owner_of(name, owners)
         config = getattr(module, "config", host.get_submodule(owner).config)
         if config._attn_implementation in wanted.values():
             report.replaced.append(prefix + name)
@@ -518,6 +529,19 @@ def _inside(name: str, outer: str) -> bool:
 def _uses_interface(module: nn.Module) -> bool:
     forward = inspect.unwrap(original(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _owner_of(name: str, owners: dict) -> str:
+    """The name of the innermost of the models that a module lies in."""
+    return max((owner for owner, _ in owners.values() if _inside(name, owner)), key=len)
+
+
+@functools.cache
+def _refused(cls: type) -> str | None:
+    """Why the attention function could not serve the call in its forward, or None: by the keywords that it names."""
+    constants = inspect.unwrap(cls.forward).__code__.co_consts
+    keywords = {name for names in constants if isinstance(names, tuple) for name in names}
+    return next((_REFUSED[name] for name in _REFUSED_AT_ONCE if name in keywords), None)
 
 
 def _implementations(config) -> dict:
