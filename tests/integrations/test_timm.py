@@ -178,7 +178,7 @@ def test_windows_are_fused(name, monkeypatch):
 
 
 def test_a_padded_map_that_was_rolled_first_is_told():
-    follow._tell_once.cache_clear()
+    follow.tell_once.cache_clear()
     model = MODELS_OF_THE_LIST["timm_swin"].build()
     xformer_fast.patch(model)
     with pytest.warns(UserWarning, match="SwinTransformerBlock: windows are cut as its host does, since pad"):

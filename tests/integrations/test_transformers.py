@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 import xformer_fast  # noqa: E402
-from xformer_fast.integrations import common  # noqa: E402
+from xformer_fast.integrations import common, follow  # noqa: E402
 from xformer_fast.integrations import transformers as integration  # noqa: E402
 
 WIDTH, HEADS, VOCAB, PAD = 32, 4, 99, 0
@@ -367,12 +367,10 @@ def qkv(heads=4, kv_heads=2, len_q=6, len_k=6):
     return torch.randn(2, heads, len_q, 8), torch.randn(2, kv_heads, len_k, 8), torch.randn(2, kv_heads, len_k, 8)
 
 
-@pytest.mark.parametrize("option", ["output_attentions", "head_mask", "indices", "cache", "something_new"])
+@pytest.mark.parametrize("option", ["head_mask", "indices", "cache", "something_new"])
 def test_unknown_options_raise(option):
     with pytest.raises(TypeError, match=option):
-        integration.attention_forward(
-            Layer(), *qkv(), None, **{option: torch.ones(1) if option != "output_attentions" else True}
-        )
+        integration.attention_forward(Layer(), *qkv(), None, **{option: torch.ones(1)})
     integration.attention_forward(Layer(), *qkv(), None, position_ids=torch.arange(6), use_cache=True, **{option: None})
 
 
@@ -396,10 +394,20 @@ def test_attention_to_chosen_keys_is_left():
     assert model.config._attn_implementation == "eager"
 
 
-def test_output_attentions_raises_in_a_model():
-    _, patched = twins("bert")
-    with pytest.raises(TypeError, match="output_attentions"):
-        patched(**tokens(), output_attentions=True)
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_output_attentions_gives_what_sdpa_gives(name):
+    follow.tell_once.cache_clear()
+    reference, patched = twins(name)
+    inputs = tokens()
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    expected, out = (model(**inputs, output_attentions=True) for model in (reference, patched))
+    assert expected.keys() == out.keys()
+    for key in (key for key in expected if "attentions" in key):
+        assert out[key] == expected[key], key
+    with pytest.warns(UserWarning, match="output_attentions"):
+        follow.tell_once.cache_clear()
+        integration.attention_forward(Layer(), *qkv(), None, output_attentions=True)
 
 
 def test_foreign_integer_masks_raise():

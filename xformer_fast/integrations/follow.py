@@ -132,7 +132,7 @@ def following(
                 known[key] = "stand-in" if by_first else "mode" if trace.begun or trace.attended else "plain"
         if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
             what = "windows are cut" if trace.maps else "attention is computed"
-            _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
+            tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
         return _returned(result)
 
     return followed
@@ -149,7 +149,7 @@ def _is_map(x) -> bool:
 
 
 @functools.cache
-def _tell_once(message: str):
+def tell_once(message: str):
     warnings.warn(message, stacklevel=3)
 
 

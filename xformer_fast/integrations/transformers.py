@@ -28,8 +28,9 @@ one row), for chunked attention, and under torch.compile for packed sequences an
 Models whose own code computes with masks (attention beside AttentionInterface, masks that grow by a piece) get those of
 their own implementation, `eager_mask` or `sdpa_mask`, under a name of its own: see `_MASKS`.
 
-Not done: attention weights (`output_attentions`), head masks, sparse indices, continuous batching's paged cache. They
-raise, as does any option that is not known to be harmless.
+Not done: head masks, sparse indices, continuous batching's paged cache. They raise, as does any option that is not
+known to be harmless. Attention weights are never formed: asked for them (`output_attentions`), models return what they
+return with "sdpa", which forms none either, and a warning tells.
 """
 
 import copy
@@ -63,7 +64,7 @@ from ..ops.attention import attention, varlen_attention
 from . import PatchReport
 from .banded import is_banded
 from .common import add_mask, hide, no_kernel, original
-from .follow import Followed, Trace, real, takes_all
+from .follow import Followed, Trace, real, takes_all, tell_once
 from .follow_attention import Rule, Sum, sdpa
 from .followed import scorers
 
@@ -82,7 +83,6 @@ _HARMLESS = frozenset(  # what models hand down with their other keyword argumen
     }
 ).union(vars(GenerationConfig())) - {"output_attentions"}  # fmt: skip
 _REFUSED = {
-    "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
     "head_mask": "heads cannot be masked",
     "indices": "sparse attention to chosen keys is not supported",
     "block_indices": "sparse attention to chosen blocks is not supported",
@@ -118,6 +118,8 @@ def attention_forward(
     is given and the module is causal. s_aux: (Hq,) attention sinks. position_bias: added to the scores, with gradient.
     With cu_seq_lens_* the rows hold packed sequences, laid end to end.
     """
+    if kwargs.pop("output_attentions", None) and not torch.compiler.is_compiling():
+        tell_once("output_attentions: attention weights are never formed; unpatch, and use 'eager', to see them")
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
             raise TypeError(f"xformer_fast attention: {name}: {_REFUSED.get(name, 'this option is not known to it')}")
