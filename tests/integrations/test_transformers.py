@@ -664,6 +664,23 @@ def test_configs_without_a_model_of_their_own():
     assert implementations() == before
 
 
+def test_configs_that_only_attention_has():
+    """CLIPSeg's decoder is made from a copy of a config that no model holds."""
+    vision = IMAGE | {"num_hidden_layers": 3}
+    sizes = {"extract_layers": [0, 1], "reduce_dim": 16, "decoder_num_attention_heads": 2, "projection_dim": 8}
+    config = {"text_config": BASE, "vision_config": vision, "decoder_intermediate_size": 24} | sizes
+    reference = make("CLIPSegForImageSegmentation", config, "sdpa")
+    patched = copy.deepcopy(reference)
+    report = xformer_fast.patch(patched)
+    attention = patched.decoder.layers[0].self_attn
+    assert report.count == 7 and not report.skipped and attention.config is not patched.config.vision_config
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "conditional_embeddings": torch.randn(2, 8)}
+    check_equal(reference, patched, inputs)
+    assert attention.config._attn_implementation == "xformer_fast"
+    xformer_fast.unpatch(patched)
+    assert attention.config._attn_implementation == "sdpa"
+
+
 def test_a_model_inside_another_is_patched_too():
     model = build("llama")
     inputs = tokens()

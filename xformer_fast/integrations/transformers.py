@@ -462,6 +462,11 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
     for name, module in host.named_modules():
         if isinstance(module, PreTrainedModel):
             owners.setdefault(id(module.config), (name, module))
+    private: dict[int, str] = {}  # the first attention module of each config that no model has
+    for name, module in attentions.items():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in owners:
+            private.setdefault(id(config), name)
     reasons = {name: _reason_against(owner, backend) for name, owner in owners.values()}
     for name, module in attentions.items():
         owner = _owner_of(name, owners)
@@ -474,7 +479,8 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         if _RECORD not in vars(host):
             _own_configs(root, path, host)
         unpatch_model(host)
-        before = {name: _implementations(owner.config) for name, owner in owners.values()}
+        names = (*(name for name, _ in owners.values()), *private.values())
+        before = {name: _implementations(host.get_submodule(name).config) for name in names}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
             if name in followed:
@@ -484,6 +490,10 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
             else:
                 wanted[name] = implementation + _masks_of(owner, before[name][""])
                 _assign(owner, wanted[name])
+        for name in private.values():
+            owner = _owner_of(name, owners)
+            if owner in wanted:
+                host.get_submodule(name).config._attn_implementation_internal = wanted[owner]
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
