@@ -195,7 +195,19 @@ def test_what_computes_its_scores_itself_is_told():
     from timm.models.mobilevit import LinearSelfAttention
 
     report = xformer_fast.patch(torch.nn.ModuleList([LinearSelfAttention(8), LinearSelfAttention(8)]))
-    assert report.count == 0 and all("itself" in report.skipped[name] for name in "01")
+    assert report.count == 0 and all("followed" in report.skipped[name] for name in "01")
+
+
+def test_what_is_named_otherwise_is_told():
+    report = xformer_fast.patch(build("cait"))  # class attention is replaced, talking heads are not
+    assert report.count == 2 and [*report.skipped] == ["blocks.0.attn", "blocks.1.attn"]
+    for file, kind, sizes in (
+        ("convit", "GPSA", (32,)),
+        ("shvit", "SHSA", (32, 8, 16)),
+        ("efficientvit_mit", "LiteMLA", (32, 32)),
+    ):
+        cls = getattr(importlib.import_module(f"timm.models.{file}"), kind)
+        assert [*xformer_fast.patch(torch.nn.ModuleList([cls(*sizes)])).skipped] == ["0"], kind
 
 
 def test_what_holds_attention_is_not_told_beside_it():

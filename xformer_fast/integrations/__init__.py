@@ -70,7 +70,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
         if name in replaced or name in around or not replaced.isdisjoint(_above(name)):
             del report.skipped[name]
     if not report.replaced and not report.skipped:
-        report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
+        report.skipped[""] = "no module in it is known as attention of transformers, timm or torch.nn"
     return report
 
 
