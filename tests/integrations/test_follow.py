@@ -124,6 +124,31 @@ def two_products(q, k, v, added):
     return nn.Softmax(dim=-1)(scores + (q[..., :2] @ k[..., :2].transpose(-2, -1)) / 3).type(v.dtype) @ v
 
 
+def bounded(q, k, v, added):
+    """XGLM's."""
+    scores = q @ k.transpose(-2, -1) + added
+    scores = torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).view(BATCH * HEADS, LEN_Q, LEN_K)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(BATCH, HEADS, LEN_Q, DIM)
+
+
+def filled_twice(q, k, v, mask):
+    """FastSpeech2Conformer's: the weights, too."""
+    mask = mask.eq(0)
+    scores = (q @ k.transpose(-2, -1)).masked_fill(mask, torch.finfo(q.dtype).min)
+    return scores.softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+def map_of_positions(q, k, v, added):
+    """MViT's: to the scores of all pairs, viewed with the axes of two maps, and written back."""
+    q, k, v = q[:, :, :4], k[:, :, :6], v[:, :, :6]
+    scores = (q * 0.3) @ k.transpose(-2, -1)
+    rel_h, rel_w = added[..., :4, :3].unflatten(2, (2, 2)), added[..., :4, 3:5].unflatten(2, (2, 2))
+    scores[:, :, 0:, 0:] = (
+        scores[:, :, 0:, 0:].view(BATCH, -1, 2, 2, 3, 2) + rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)
+    ).view(BATCH, -1, 4, 6)
+    return scores.softmax(-1) @ v
+
+
 FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "plain": (plain, None, None),
     "half_scaled": (half_scaled, None, None),
@@ -135,6 +160,9 @@ FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "chosen": (chosen, keep(BATCH, HEADS, 1, LEN_K), (BATCH, HEADS, 1, LEN_K)),
     "letters": (letters, bias(LEN_Q, LEN_K), (LEN_Q, LEN_K)),
     "sequence_first": (sequence_first, bias(BATCH, HEADS, LEN_Q, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)),
+    "bounded": (bounded, bias(BATCH, 1, 1, LEN_K), (1, BATCH * HEADS, 1, LEN_K)),
+    "filled_twice": (filled_twice, keep(BATCH, 1, 1, LEN_K), (BATCH, 1, 1, LEN_K)),
+    "map_of_positions": (map_of_positions, bias(BATCH, HEADS, LEN_Q, LEN_K), None),
     "two_products": (two_products, bias(LEN_K), (LEN_K,)),
     "cosine": (cosine, bias(HEADS, 1, 1), None),
 }
@@ -164,8 +192,8 @@ def check_same(results, tolerance=1e-4):
 def test_forms(name, calls):
     code, given, mask = FORMS[name]
     check_same(run_both(code, given))
-    lead = (1, BATCH * HEADS) if name == "one_axis" else (BATCH, HEADS)
-    assert len(calls) == 1 and calls[0]["query"].shape[:-1] == (*lead, LEN_Q)
+    lead = (1, BATCH * HEADS) if name in ("one_axis", "bounded") else (BATCH, HEADS)
+    assert len(calls) == 1 and calls[0]["query"].shape[:2] == lead
     assert (mask if calls[0]["mask"] is None else tuple(calls[0]["mask"].shape)) == mask
 
 
@@ -252,6 +280,43 @@ def test_it_is_told():
 
     with pytest.warns(UserWarning, match="Mixing: attention is computed as its host does, since permute"):
         Mixing()(*draw(), bias(HEADS, HEADS))
+
+
+def test_code_that_cannot_be_followed_is_not_followed_again(monkeypatch):
+    class Mixing(nn.Module):
+        forward = following(lambda self, *args: talking_heads(*args), None)
+
+    made = []
+    scores = follow_attention.Scores
+
+    def spy(*args, **options):
+        made.append(args)
+        return scores(*args, **options)
+
+    monkeypatch.setattr(follow_attention, "Scores", spy)
+    model, given, mix = Mixing(), [x.detach() for x in draw()], bias(HEADS, HEADS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = model(*given, mix)
+        after_first = len(made)
+        assert torch.equal(model(*given, mix), first) and len(made) == after_first > 0
+        model(*(x.double() for x in given), mix.double())  # other arguments may go another way
+        assert len(made) > after_first
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_code_that_cannot_be_followed_in_checkpoints(reentrant):
+    class Mixing(nn.Module):
+        forward = following(lambda self, *args: talking_heads(*args), None)
+
+    model, given = Mixing(), [*draw(), bias(HEADS, HEADS)]
+    expected = torch.autograd.grad(talking_heads(*given).sum(), given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            leaves = [x.detach().clone().requires_grad_() for x in given]
+            torch.utils.checkpoint.checkpoint(model, *leaves, use_reentrant=reentrant).sum().backward()
+            assert all(torch.allclose(x.grad, y, atol=1e-5) for x, y in zip(leaves, expected, strict=True))
 
 
 def test_other_products_are_left_alone(calls):

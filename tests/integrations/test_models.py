@@ -18,6 +18,7 @@ from model_list import (
     WAVE,
     WIDTH,
     call,
+    decoder_cases,
     hf,
     ids,
     image_cases,
@@ -161,6 +162,12 @@ MORE |= {
         cases=lambda: {"odd length": call(input_ids=ids()["input_ids"])},
     ),
     "squeezebert": hf("SqueezeBERT", "SqueezeBertModel", TEXT | {"embedding_size": WIDTH}),
+    "xglm": hf(
+        "XGLM", "XGLMForCausalLM",
+        {"d_model": WIDTH, "num_layers": 2, "attention_heads": HEADS, "ffn_dim": 48, "vocab_size": VOCAB,
+         "max_position_embeddings": 64} | SPECIAL,
+        cases=decoder_cases,
+    ),
     "nystromformer": hf(
         "Nystromformer", "NystromformerModel",
         TEXT | {"num_landmarks": 4, "segment_means_seq_len": 12, "conv_kernel_size": 3},

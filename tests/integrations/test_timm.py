@@ -13,7 +13,7 @@ from model_list import MODELS as MODELS_OF_THE_LIST  # noqa: E402
 from timm.layers import Attention, AttentionRope  # noqa: E402
 
 import xformer_fast  # noqa: E402
-from xformer_fast.integrations import follow, follow_windows  # noqa: E402
+from xformer_fast.integrations import follow, follow_attention, follow_windows  # noqa: E402
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -175,6 +175,25 @@ def test_windows_are_fused(name, monkeypatch):
     with torch.no_grad():
         model(torch.randn(2, 3, *WINDOWED[name][0]))
     assert seen == WINDOWED[name][1]
+
+
+def test_positions_of_pooled_maps_stay_apart(monkeypatch):
+    """MViT's: queries and keys lie on maps of different sizes."""
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+    seen = []
+
+    def attention(**options):
+        seen.append(options)
+        return xformer_fast.attention(**options)
+
+    monkeypatch.setattr(follow_attention, "attention", attention)
+    torch.manual_seed(0)
+    cfg = MultiScaleVitCfg(depths=(1, 1), embed_dim=16, num_heads=2)
+    model = disturb(MultiScaleVit(cfg, img_size=64, num_classes=5)).eval()
+    reference, patched = twins(model, 2)
+    check_equal(reference, patched, lambda model: model(torch.ones(1, 3, 64, 64).cumsum(-1).sin()))
+    assert len(seen) == 2 and all(call["mask"] is None and "decomposed_bias" in call for call in seen)
 
 
 def test_a_padded_map_that_was_rolled_first_is_told():

@@ -514,6 +514,13 @@ def test_report():
     assert "encoder.layer.1.attention.self" in str(report)
 
 
+def test_the_report_says_what_is_followed():
+    config = {"hidden_size": WIDTH, "n_layer": 1, "n_head": HEADS, "vocab_size": VOCAB}
+    report = xformer_fast.patch(torch.nn.ModuleList([make("BloomModel", config, "eager"), build("bert")]))
+    assert report.followed == ["0.h.0.self_attention"] and len(report.replaced) == 3
+    assert str(report).count("if its code can be followed") == 1
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_patching_again_reports_the_same(name):
     model = build(name)

@@ -102,6 +102,7 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
             else:
                 swap(module, _recipe, backend)
                 report.replaced.append(name)
+                report.followed.append(name)
         elif partitioners(cls) and windows_run(next(module.parameters(), None), backend):
             inside = [method for m in module.modules() for method in scorers(original(m)).values()]
             operator = any(_has_operator(inspect.unwrap(method).__code__) for method in inside)
