@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import masking_utils
+from transformers import BlipTextConfig, BlipTextModel, masking_utils
 
 import xformer_fast
 from xformer_fast.integrations import banded, follow_attention
@@ -567,6 +567,20 @@ def test_attention_weights_are_the_hosts(implementation):
     for theirs, ours in zip(expected.attentions, out.attentions, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert torch.allclose(result(out), result(expected), atol=1e-5)
+
+
+def test_attention_weights_that_hooks_collect_are_the_hosts():
+    """BLIP's text model does not ask its layers for them."""
+    config = BlipTextConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99
+    )
+    model = BlipTextModel(config, add_pooling_layer=False).eval()
+    patched = copy.deepcopy(model)
+    xformer_fast.patch(patched)
+    expected, out = (m(**ids(padding="right"), output_attentions=True) for m in (model, patched))
+    assert len(out.attentions) == 2
+    for theirs, ours in zip(expected.attentions, out.attentions, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_masks_of_the_config():

@@ -170,7 +170,7 @@ MORE |= {
     ),
     "nystromformer": hf(
         "Nystromformer", "NystromformerModel",
-        TEXT | {"num_landmarks": 4, "segment_means_seq_len": 12, "conv_kernel_size": 3},
+        TEXT | {"num_landmarks": 12, "segment_means_seq_len": 12, "conv_kernel_size": 3},
         cases=lambda: {"segments": call(input_ids=ids(12)["input_ids"])},
     ),
     "vits": hf("VITS", "VitsModel", VITS, cases=vits_cases),

@@ -13,6 +13,7 @@ by the host's own operations, and the host goes on with it. So a module may be f
 import dis
 import functools
 import inspect
+import sys
 import types
 import warnings
 import weakref
@@ -112,7 +113,7 @@ def following(
     def followed(self, *args, **kwargs):
         asked = kwargs.get("output_attentions") or (wish is not None and len(args) > wish and args[wish])
         inside = any(isinstance(x, Followed) and x.trace.maps for x in (*args, *kwargs.values()))
-        if asked or inside:  # of a method that is followed
+        if asked or inside or _weights_are_collected():  # inside: of a method that is followed
             return method(self, *args, **kwargs)
         trace = Trace(backend, maps is not None and maps(), overwrites)
         known, key, first = {}, None, args[0] if args else None
@@ -149,6 +150,15 @@ def following(
         return _returned(result)
 
     return followed
+
+
+def _weights_are_collected() -> bool:
+    """Do hooks of transformers wait for attention weights, which modules then are not asked for?"""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    if collector is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in key for key in collector.get() or ())
 
 
 def _kind(x):
