@@ -76,7 +76,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
         if name in replaced or name in around or not replaced.isdisjoint(_above(name)):
             del report.skipped[name]
     if not report.replaced and not report.skipped:
-        report.skipped[""] = "no module in it is known as attention of transformers, timm or torch.nn"
+        report.skipped[""] = "holds no attention that is known as one of transformers, timm or torch.nn"
     return report
 
 
