@@ -9,6 +9,13 @@ import json
 import os
 from pathlib import Path
 
+_worker = False  # of xdist: the process that hands out the tests hears of all
+
+
+def pytest_configure(config):
+    global _worker
+    _worker = hasattr(config, "workerinput")
+
 
 def pytest_collection_modifyitems(config, items):
     done = set(Path(os.environ["XFORMER_FAST_DONE"]).read_text().splitlines())
@@ -20,8 +27,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_logreport(report):
     """What a test's body came to, and whatever else did not pass: a skip, a fault in a fixture, a worker that died."""
-    if "PYTEST_XDIST_WORKER" in os.environ or (report.when in ("setup", "teardown") and report.passed):
-        return  # the process that hands out the tests hears of all
+    if _worker or (report.when in ("setup", "teardown") and report.passed):
+        return
     proves = [value for name, value in report.user_properties if name == "proves"]
     line = json.dumps({"test": report.nodeid, "outcome": report.outcome, "proves": proves})
     with open(os.environ["XFORMER_FAST_OUTCOMES"], "a") as file:
