@@ -142,6 +142,29 @@ def test_rows_not_in_use_stay_empty_when_reordered():
     )
 
 
+@pytest.mark.parametrize("page_size", [None, 8])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_no_rows(page_size, tokens):
+    cache, nothing = KVCache(2, 2, 32, 40, page_size=page_size), part(sequence(2, tokens), slice(0, 0), slice(None))
+    assert cache.attend(*nothing, rows=[]).shape == (0, 4, tokens, 32)
+    cache.free(0)
+    cache.free(1)
+    assert cache.attend(*nothing).shape == (0, 4, tokens, 32)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [8, 20])  # through decode_attention, through attention
+def test_autocast_leaves_the_dtype_to_the_cache(tokens, dtype):
+    whole = sequence(2, tokens, dtype)
+    query, key, value = whole[0].bfloat16(), whole[1].float(), whole[2]
+    caches = [KVCache(2, 2, 32, 40, dtype=dtype) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = caches[0].attend(query, key, value)
+    expected = caches[1].attend(query.to(dtype), key.to(dtype), value)
+    assert out.dtype == dtype and torch.equal(out, expected) and torch.equal(caches[0].key, caches[1].key)
+
+
 def test_errors():
     cache = KVCache(2, 2, 32, 16, page_size=4, num_pages=5)
     whole = sequence(2, 20)

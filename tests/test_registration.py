@@ -146,7 +146,7 @@ def test_an_unwatched_call_without_options_takes_the_plain_operators():
     ({"key": torch.zeros(1, 2, 8, 15)}, ValueError), ({"value": torch.zeros(1, 2, 7, 16)}, ValueError),
     ({"key": torch.zeros(1, 2, 8, 16).double()}, TypeError),
     ({"value": torch.zeros(1, 2, 8, 16, device="meta")}, ValueError),
-    ({"backend": "triton"}, xformer_fast.BackendUnavailable),
+    ({"backend": "triton"}, xformer_fast.BackendUnavailable), ({"scale": 1e300}, ValueError),
 ])  # fmt: skip
 def test_a_call_is_checked_though_one_like_it_passed(wrong, error):
     right = dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 8, 16))
@@ -250,6 +250,36 @@ def test_forward_mode_ad_through_a_backward_raises(op):
         tangent = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
             torch.autograd.grad(out, inputs, tangent)
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+def test_func_grad_under_autocast(op):
+    run, shape = THREE_INPUTS[op]
+    inputs = [torch.randn(shape) for _ in range(3)]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.func.grad(lambda *tensors: run(*tensors).float().square().sum(), (0, 1, 2))(*inputs)
+        expected = torch.autograd.grad(run(*leaves).float().square().sum(), leaves)
+    for got, wanted in zip(ours, expected, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("op", THREE_INPUTS)
+def test_second_derivatives_by_func_are_refused_by_name(op):
+    run, shape = THREE_INPUTS[op]
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    name = op.partition(" ")[0]
+
+    def loss(q):
+        return run(q, k, v).square().sum()
+
+    with pytest.raises(NotImplementedError, match=f"^{name}: second derivatives by torch.func"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(q)
+    with pytest.raises(NotImplementedError, match=f"^{name}: forward-mode AD"):
+        torch.func.hessian(loss)(q)
+    hessian = torch.autograd.functional.hessian(loss, q, vectorize=True)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, q))
 
 
 @pytest.mark.parametrize("op", THREE_INPUTS)
@@ -494,6 +524,21 @@ def test_forward_mode_raises():
         assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.func.jvp(lambda x: xformer_fast.attention(x, q, q), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize(
+    "op,make,shape",
+    [
+        ("apply_rope", lambda x: {"rope": xformer_fast.Rope(x, torch.ones(9, 2))}, (9, 2)),
+        ("apply_rope", lambda x: {"rope": xformer_fast.Rope(torch.ones(9, 2), x)}, (9, 2)),
+        ("attention", lambda x: {"relative_bias": xformer_fast.T5Bias(x)}, (32, 2)),
+        ("attention", lambda x: {"relative_bias": xformer_fast.DistanceBias(x)}, (2, 11)),
+    ],
+)
+def test_forward_mode_through_positions_raises(op, make, shape):
+    q, x = torch.randn(1, 2, 6, 4), torch.ones(shape)
+    with pytest.raises(NotImplementedError, match=f"^{op}: forward-mode AD"):
+        torch.func.jvp(lambda x: xformer_fast.attention(q, q, q, **make(x)), (x,), (x,))
 
 
 def test_func_grad():

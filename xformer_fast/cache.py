@@ -150,7 +150,8 @@ class KVCache:
         """Appends key and value (B, Hkv, T, D) and attends from query (B, Hq, T, D), causally: one layer's step.
 
         rows: the cache rows of the B sequences; all that are in use, in order, by default. options: those of
-        `decode_attention` (window, rope, alibi_slopes, relative_bias, sinks, scale, softcap, return_lse).
+        `decode_attention` (window, rope, alibi_slopes, relative_bias, sinks, scale, softcap, return_lse). Under
+        autocast, too, all is computed and returned in the cache's dtype.
         """
         rows = [row for row in range(len(self._lengths)) if row not in self._unused] if rows is None else list(rows)
         self._check_rows(rows)
@@ -159,17 +160,18 @@ class KVCache:
         tokens = query.shape[2]
         self._reserve(rows, tokens)
         every = len(rows) == len(self._lengths) and rows == sorted(rows)
-        chosen = slice(None) if every else torch.tensor(rows, device=self.lengths.device)
+        chosen = slice(None) if every else torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
         lengths, table = self.lengths[chosen], self.block_table[chosen]
         if every and self.page_size is None:
             table = None
         if tokens > _FEW_TOKENS and not any(self._lengths[row] for row in rows) and _fits_a_prompt(options):
             checked(query, self.key, self.value, lengths, key, value, table, **options)
-            out = attention(query, key, value, causal=True, backend=backend, **options)
+            query, key, value = (t.to(self.key.dtype) for t in (query, key, value))
+            with torch.autocast(query.device.type, enabled=False):  # computed in the cache's dtype, as decoding is
+                out = attention(query, key, value, causal=True, backend=backend, **options)
             if (rope := options.get("rope")) is not None:
                 _, key = rope.rotate_tokens(query, key, lengths)
-            new = key.to(self.key.dtype), value.to(self.value.dtype)
-            reference.kv_cache_append(self.key, self.value, *new, lengths, table)
+            reference.kv_cache_append(self.key, self.value, key, value, lengths, table)
         else:
             caches = self.key, self.value, lengths
             new = {"new_key": key, "new_value": value, "block_table": table}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import checks
 from .rope import Rope
 
 __all__ = ["DistanceBias", "Rope", "T5Bias", "alibi_slopes", "sinusoids"]
@@ -36,6 +37,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     >>> import xformer_fast
     >>> slopes = xformer_fast.alibi_slopes(8)
     """
+    checks.check_int("num_heads", num_heads)
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
 
@@ -57,6 +59,7 @@ class DistanceBias:
     """
 
     def __init__(self, values: Tensor):
+        checks.check_float("values", values)
         if values.dim() != 2:
             raise ValueError(f"values must be (Hq, Sq + Sk - 1), got shape {tuple(values.shape)}")
         self.values = values
@@ -84,6 +87,8 @@ class T5Bias:
     """
 
     def __init__(self, table: Tensor, *, bidirectional=True, max_distance=128):
+        checks.check_float("table", table)
+        checks.check_number("max_distance", max_distance)
         least = 4 if bidirectional else 2
         if table.dim() != 2 or table.shape[0] < least:
             raise ValueError(f"table must be (num_buckets, Hq) with at least {least} buckets, got {tuple(table.shape)}")

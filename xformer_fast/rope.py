@@ -50,13 +50,18 @@ def rope_frequencies(
     >>> inv_freq[0].item(), factor
     (0.25, 1.0)
     """
+    checks.check_int("rotary_dim", rotary_dim)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}")
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in _SCALINGS:
         raise ValueError(f"scaling: rope_type must be one of {', '.join(_SCALINGS)}, got {kind!r}")
-    base = float(scaling.get("rope_theta") or base)
+    base = scaling.get("rope_theta") or base
+    checks.check_number("base", base)
+    if not 0 < base < math.inf:
+        raise ValueError(f"base must be positive and finite, got {base}")
+    base = float(base)
     scaling |= {"seq_len": seq_len, "max_position_embeddings": max_position_embeddings}
     return _SCALINGS[kind](rotary_dim, base, _Keys(kind, scaling))
 
@@ -177,8 +182,12 @@ def rope_tables(
     >>> cos.shape, round(cos[1, 0].item(), 6)
     (torch.Size([2, 32]), 0.936752)
     """
+    checks.check_tensors(inv_freq=inv_freq)
     positions = positions_or_length
     if not isinstance(positions, Tensor):
+        checks.check_int("positions_or_length", positions)
+        if positions < 0:
+            raise ValueError(f"positions_or_length must be a length >= 0 or a tensor of positions, got {positions}")
         positions = torch.arange(positions, device=inv_freq.device)
     angles = positions.to(inv_freq.device, torch.float64)[..., None] * inv_freq.double()
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

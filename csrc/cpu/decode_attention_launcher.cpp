@@ -16,8 +16,8 @@ struct Lengths {
       : values(integers(cache_lengths, "cache_lengths")), capacity(cache.size(2)) {
     const int64_t batch = static_cast<int64_t>(values.size());
     if (block_table) {
-      STD_TORCH_CHECK(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
-                          block_table->size(0) == batch && (block_table->size(1) <= 1 || block_table->stride(1) == 1),
+      STD_TORCH_CHECK(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 && block_table->size(0) == batch &&
+                          (batch == 0 || block_table->size(1) <= 1 || block_table->stride(1) == 1),
                       "xformer_fast: block_table must be int32 (B, max_pages) with a unit last stride");
       paging = {static_cast<const int32_t*>(block_table->data_ptr()), block_table->stride(0), cache.size(2)};
       capacity *= block_table->size(1);
@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   }
   if (distance_bias) {
     STD_TORCH_CHECK(distance_bias->dim() == 2 && distance_bias->size(0) == a.heads_q &&
-                        distance_bias->size(1) >= a.seqlen_k + a.seqlen_q - 1 && distance_bias->stride(1) == 1,
+                        distance_bias->size(1) >= a.seqlen_k + a.seqlen_q - 1 &&
+                        (distance_bias->size(1) <= 1 || distance_bias->stride(1) == 1),
                     "xformer_fast: the bias of the distance must be (Hq, T + capacity - 1) with a unit last stride");
     a.distance_bias = float_data(*distance_bias, "relative_bias");
     a.distance_head = distance_bias->stride(0);

@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import masking_utils
+from transformers import BlipTextConfig, BlipTextModel, masking_utils
 
 import xformer_fast
 from xformer_fast.integrations import banded, follow_attention
@@ -119,6 +119,36 @@ def cosine(q, k, v, scale):
     return scores.softmax(-1) @ v
 
 
+def two_products(q, k, v, added):
+    scores = q @ k.transpose(-2, -1) * 0.5 + added
+    return nn.Softmax(dim=-1)(scores + (q[..., :2] @ k[..., :2].transpose(-2, -1)) / 3).type(v.dtype) @ v
+
+
+def bounded(q, k, v, added):
+    """XGLM's."""
+    scores = q @ k.transpose(-2, -1) + added
+    scores = torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).view(BATCH * HEADS, LEN_Q, LEN_K)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(BATCH, HEADS, LEN_Q, DIM)
+
+
+def filled_twice(q, k, v, mask):
+    """FastSpeech2Conformer's: the weights, too."""
+    mask = mask.eq(0)
+    scores = (q @ k.transpose(-2, -1)).masked_fill(mask, torch.finfo(q.dtype).min)
+    return scores.softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+def map_of_positions(q, k, v, added):
+    """MViT's: to the scores of all pairs, viewed with the axes of two maps, and written back."""
+    q, k, v = q[:, :, :4], k[:, :, :6], v[:, :, :6]
+    scores = (q * 0.3) @ k.transpose(-2, -1)
+    rel_h, rel_w = added[..., :4, :3].unflatten(2, (2, 2)), added[..., :4, 3:5].unflatten(2, (2, 2))
+    scores[:, :, 0:, 0:] = (
+        scores[:, :, 0:, 0:].view(BATCH, -1, 2, 2, 3, 2) + rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)
+    ).view(BATCH, -1, 4, 6)
+    return scores.softmax(-1) @ v
+
+
 FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "plain": (plain, None, None),
     "half_scaled": (half_scaled, None, None),
@@ -130,6 +160,10 @@ FORMS = {  # code, its last argument, the shape of the mask that reaches the op
     "chosen": (chosen, keep(BATCH, HEADS, 1, LEN_K), (BATCH, HEADS, 1, LEN_K)),
     "letters": (letters, bias(LEN_Q, LEN_K), (LEN_Q, LEN_K)),
     "sequence_first": (sequence_first, bias(BATCH, HEADS, LEN_Q, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)),
+    "bounded": (bounded, bias(BATCH, 1, 1, LEN_K), (1, BATCH * HEADS, 1, LEN_K)),
+    "filled_twice": (filled_twice, keep(BATCH, 1, 1, LEN_K), (BATCH, 1, 1, LEN_K)),
+    "map_of_positions": (map_of_positions, bias(BATCH, HEADS, LEN_Q, LEN_K), None),
+    "two_products": (two_products, bias(LEN_K), (LEN_K,)),
     "cosine": (cosine, bias(HEADS, 1, 1), None),
 }
 
@@ -158,8 +192,8 @@ def check_same(results, tolerance=1e-4):
 def test_forms(name, calls):
     code, given, mask = FORMS[name]
     check_same(run_both(code, given))
-    lead = (1, BATCH * HEADS) if name == "one_axis" else (BATCH, HEADS)
-    assert len(calls) == 1 and calls[0]["query"].shape == (*lead, LEN_Q, DIM)
+    lead = (1, BATCH * HEADS) if name in ("one_axis", "bounded") else (BATCH, HEADS)
+    assert len(calls) == 1 and calls[0]["query"].shape[:2] == lead
     assert (mask if calls[0]["mask"] is None else tuple(calls[0]["mask"].shape)) == mask
 
 
@@ -246,6 +280,43 @@ def test_it_is_told():
 
     with pytest.warns(UserWarning, match="Mixing: attention is computed as its host does, since permute"):
         Mixing()(*draw(), bias(HEADS, HEADS))
+
+
+def test_code_that_cannot_be_followed_is_not_followed_again(monkeypatch):
+    class Mixing(nn.Module):
+        forward = following(lambda self, *args: talking_heads(*args), None)
+
+    made = []
+    scores = follow_attention.Scores
+
+    def spy(*args, **options):
+        made.append(args)
+        return scores(*args, **options)
+
+    monkeypatch.setattr(follow_attention, "Scores", spy)
+    model, given, mix = Mixing(), [x.detach() for x in draw()], bias(HEADS, HEADS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = model(*given, mix)
+        after_first = len(made)
+        assert torch.equal(model(*given, mix), first) and len(made) == after_first > 0
+        model(*(x.double() for x in given), mix.double())  # other arguments may go another way
+        assert len(made) > after_first
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_code_that_cannot_be_followed_in_checkpoints(reentrant):
+    class Mixing(nn.Module):
+        forward = following(lambda self, *args: talking_heads(*args), None)
+
+    model, given = Mixing(), [*draw(), bias(HEADS, HEADS)]
+    expected = torch.autograd.grad(talking_heads(*given).sum(), given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            leaves = [x.detach().clone().requires_grad_() for x in given]
+            torch.utils.checkpoint.checkpoint(model, *leaves, use_reentrant=reentrant).sum().backward()
+            assert all(torch.allclose(x.grad, y, atol=1e-5) for x, y in zip(leaves, expected, strict=True))
 
 
 def test_other_products_are_left_alone(calls):
@@ -517,6 +588,20 @@ def test_attention_weights_are_the_hosts(implementation):
     for theirs, ours in zip(expected.attentions, out.attentions, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert torch.allclose(result(out), result(expected), atol=1e-5)
+
+
+def test_attention_weights_that_hooks_collect_are_the_hosts():
+    """BLIP's text model does not ask its layers for them."""
+    config = BlipTextConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99
+    )
+    model = BlipTextModel(config, add_pooling_layer=False).eval()
+    patched = copy.deepcopy(model)
+    xformer_fast.patch(patched)
+    expected, out = (m(**ids(padding="right"), output_attentions=True) for m in (model, patched))
+    assert len(out.attentions) == 2
+    for theirs, ours in zip(expected.attentions, out.attentions, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_masks_of_the_config():

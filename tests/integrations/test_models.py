@@ -18,11 +18,13 @@ from model_list import (
     WAVE,
     WIDTH,
     call,
+    decoder_cases,
     hf,
     ids,
     image_cases,
     noise,
     result,
+    rows,
     translation_cases,
     wave_cases,
 )
@@ -96,6 +98,37 @@ def vits_cases():
     return {"right padding": run}
 
 
+def vilt_cases():
+    run = call(**ids(padding="right"), pixel_values=noise(3, 3, 20, 20))
+
+    def seeded(model):
+        torch.manual_seed(5)  # patches are drawn
+        return run(model)
+
+    return {"pixels": seeded}
+
+
+def boxes():
+    inputs = ids(padding="right")
+    return {
+        "right padding": call(**inputs, bbox=torch.arange(4).expand(3, 13, 4) + inputs["input_ids"][..., None] % 40)
+    }
+
+
+def bros_cases():
+    inputs = ids(padding="right")
+    return {"right padding": call(**inputs, bbox=noise(3, 13, 8).sigmoid())}
+
+
+def blip_cases():
+    """As the decoder that captions, and as an encoder that looks at a picture."""
+    picture = {"encoder_hidden_states": noise(3, 5, WIDTH), "encoder_attention_mask": rows(5, (5, 3, 4)).long()}
+    return {
+        "causal": call(**ids(padding="right"), is_decoder=True, **picture),
+        "both ways": call(**ids(padding="right"), **picture),
+    }
+
+
 BIG_BIRD = SEQ2SEQ | {"block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 64}
 MORE |= {
     "bigbird_pegasus": hf(
@@ -111,9 +144,33 @@ MORE |= {
             "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
         },
     ),
+    "vilt": hf(
+        "ViLT", "ViltModel", IMAGE | {"vocab_size": VOCAB, "max_position_embeddings": 64},
+        cases=vilt_cases,
+    ),
+    "blip_text": hf(
+        "BLIP text", "BlipTextModel", TEXT | {"encoder_hidden_size": WIDTH, "projection_dim": 8}, 4, blip_cases
+    ),
+    "lilt": hf(
+        "LiLT", "LiltModel",
+        TEXT | {"hidden_size": 48, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 64}, cases=boxes,
+    ),
+    "bros": hf("BROS", "BrosModel", TEXT | {"hidden_size": 64}, cases=bros_cases),
+    "imagegpt": hf(
+        "ImageGPT", "ImageGPTModel",
+        {"n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCAB, "n_positions": 64},
+        cases=lambda: {"odd length": call(input_ids=ids()["input_ids"])},
+    ),
+    "squeezebert": hf("SqueezeBERT", "SqueezeBertModel", TEXT | {"embedding_size": WIDTH}),
+    "xglm": hf(
+        "XGLM", "XGLMForCausalLM",
+        {"d_model": WIDTH, "num_layers": 2, "attention_heads": HEADS, "ffn_dim": 48, "vocab_size": VOCAB,
+         "max_position_embeddings": 64} | SPECIAL,
+        cases=decoder_cases,
+    ),
     "nystromformer": hf(
         "Nystromformer", "NystromformerModel",
-        TEXT | {"num_landmarks": 4, "segment_means_seq_len": 12, "conv_kernel_size": 3},
+        TEXT | {"num_landmarks": 12, "segment_means_seq_len": 12, "conv_kernel_size": 3},
         cases=lambda: {"segments": call(input_ids=ids(12)["input_ids"])},
     ),
     "vits": hf("VITS", "VitsModel", VITS, cases=vits_cases),

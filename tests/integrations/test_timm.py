@@ -13,7 +13,7 @@ from model_list import MODELS as MODELS_OF_THE_LIST  # noqa: E402
 from timm.layers import Attention, AttentionRope  # noqa: E402
 
 import xformer_fast  # noqa: E402
-from xformer_fast.integrations import follow, follow_windows  # noqa: E402
+from xformer_fast.integrations import follow, follow_attention, follow_windows  # noqa: E402
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -177,8 +177,27 @@ def test_windows_are_fused(name, monkeypatch):
     assert seen == WINDOWED[name][1]
 
 
+def test_positions_of_pooled_maps_stay_apart(monkeypatch):
+    """MViT's: queries and keys lie on maps of different sizes."""
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+    seen = []
+
+    def attention(**options):
+        seen.append(options)
+        return xformer_fast.attention(**options)
+
+    monkeypatch.setattr(follow_attention, "attention", attention)
+    torch.manual_seed(0)
+    cfg = MultiScaleVitCfg(depths=(1, 1), embed_dim=16, num_heads=2)
+    model = disturb(MultiScaleVit(cfg, img_size=64, num_classes=5)).eval()
+    reference, patched = twins(model, 2)
+    check_equal(reference, patched, lambda model: model(torch.ones(1, 3, 64, 64).cumsum(-1).sin()))
+    assert len(seen) == 2 and all(call["mask"] is None and "decomposed_bias" in call for call in seen)
+
+
 def test_a_padded_map_that_was_rolled_first_is_told():
-    follow._tell_once.cache_clear()
+    follow.tell_once.cache_clear()
     model = MODELS_OF_THE_LIST["timm_swin"].build()
     xformer_fast.patch(model)
     with pytest.warns(UserWarning, match="SwinTransformerBlock: windows are cut as its host does, since pad"):
@@ -195,7 +214,19 @@ def test_what_computes_its_scores_itself_is_told():
     from timm.models.mobilevit import LinearSelfAttention
 
     report = xformer_fast.patch(torch.nn.ModuleList([LinearSelfAttention(8), LinearSelfAttention(8)]))
-    assert report.count == 0 and all("itself" in report.skipped[name] for name in "01")
+    assert report.count == 0 and all("followed" in report.skipped[name] for name in "01")
+
+
+def test_what_is_named_otherwise_is_told():
+    report = xformer_fast.patch(build("cait"))  # class attention is replaced, talking heads are not
+    assert report.count == 2 and [*report.skipped] == ["blocks.0.attn", "blocks.1.attn"]
+    for file, kind, sizes in (
+        ("convit", "GPSA", (32,)),
+        ("shvit", "SHSA", (32, 8, 16)),
+        ("efficientvit_mit", "LiteMLA", (32, 32)),
+    ):
+        cls = getattr(importlib.import_module(f"timm.models.{file}"), kind)
+        assert [*xformer_fast.patch(torch.nn.ModuleList([cls(*sizes)])).skipped] == ["0"], kind
 
 
 def test_what_holds_attention_is_not_told_beside_it():

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 import xformer_fast  # noqa: E402
-from xformer_fast.integrations import common  # noqa: E402
+from xformer_fast.integrations import common, follow  # noqa: E402
 from xformer_fast.integrations import transformers as integration  # noqa: E402
 
 WIDTH, HEADS, VOCAB, PAD = 32, 4, 99, 0
@@ -367,19 +367,47 @@ def qkv(heads=4, kv_heads=2, len_q=6, len_k=6):
     return torch.randn(2, heads, len_q, 8), torch.randn(2, kv_heads, len_k, 8), torch.randn(2, kv_heads, len_k, 8)
 
 
-@pytest.mark.parametrize("option", ["output_attentions", "head_mask", "indices", "cache", "something_new"])
+@pytest.mark.parametrize("option", ["head_mask", "indices", "cache", "something_new"])
 def test_unknown_options_raise(option):
     with pytest.raises(TypeError, match=option):
-        integration.attention_forward(
-            Layer(), *qkv(), None, **{option: torch.ones(1) if option != "output_attentions" else True}
-        )
+        integration.attention_forward(Layer(), *qkv(), None, **{option: torch.ones(1)})
     integration.attention_forward(Layer(), *qkv(), None, position_ids=torch.arange(6), use_cache=True, **{option: None})
 
 
-def test_output_attentions_raises_in_a_model():
-    _, patched = twins("bert")
-    with pytest.raises(TypeError, match="output_attentions"):
-        patched(**tokens(), output_attentions=True)
+def test_options_of_generate_that_leak_are_harmless():
+    query, key, value = qkv()
+    plain, _ = integration.attention_forward(Layer(), query, key, value, None)
+    out, _ = integration.attention_forward(Layer(), query, key, value, None, max_new_tokens=5, do_sample=True)
+    assert torch.equal(out, plain)
+
+
+def test_attention_to_chosen_keys_is_left():
+    config = GQA | {
+        "num_key_value_heads": HEADS, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "qk_nope_head_dim": 4, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    model = make("DeepseekV32ForCausalLM", config, "eager")
+    report = xformer_fast.patch(model)
+    assert report.count == 0 and len(report.skipped) == 2
+    assert all("chosen keys" in reason for reason in report.skipped.values())
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_output_attentions_gives_what_sdpa_gives(name):
+    follow.tell_once.cache_clear()
+    reference, patched = twins(name)
+    inputs = tokens()
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    expected, out = (model(**inputs, output_attentions=True) for model in (reference, patched))
+    assert expected.keys() == out.keys()
+    for key in (key for key in expected if "attentions" in key):
+        assert out[key] == expected[key], key
+    with pytest.warns(UserWarning, match="output_attentions"):
+        follow.tell_once.cache_clear()
+        integration.attention_forward(Layer(), *qkv(), None, output_attentions=True)
 
 
 def test_foreign_integer_masks_raise():
@@ -484,6 +512,13 @@ def test_report():
     assert report.replaced == ["encoder.layer.0.attention.self", "encoder.layer.1.attention.self"]
     assert report.count == 2 and report.skipped == {}
     assert "encoder.layer.1.attention.self" in str(report)
+
+
+def test_the_report_says_what_is_followed():
+    config = {"hidden_size": WIDTH, "n_layer": 1, "n_head": HEADS, "vocab_size": VOCAB}
+    report = xformer_fast.patch(torch.nn.ModuleList([make("BloomModel", config, "eager"), build("bert")]))
+    assert report.followed == ["0.h.0.self_attention"] and len(report.replaced) == 3
+    assert str(report).count("if its code can be followed") == 1
 
 
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
@@ -634,6 +669,23 @@ def test_configs_without_a_model_of_their_own():
     with xformer_fast.patched(model):
         assert implementations() == once
     assert implementations() == before
+
+
+def test_configs_that_only_attention_has():
+    """CLIPSeg's decoder is made from a copy of a config that no model holds."""
+    vision = IMAGE | {"num_hidden_layers": 3}
+    sizes = {"extract_layers": [0, 1], "reduce_dim": 16, "decoder_num_attention_heads": 2, "projection_dim": 8}
+    config = {"text_config": BASE, "vision_config": vision, "decoder_intermediate_size": 24} | sizes
+    reference = make("CLIPSegForImageSegmentation", config, "sdpa")
+    patched = copy.deepcopy(reference)
+    report = xformer_fast.patch(patched)
+    attention = patched.decoder.layers[0].self_attn
+    assert report.count == 7 and not report.skipped and attention.config is not patched.config.vision_config
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "conditional_embeddings": torch.randn(2, 8)}
+    check_equal(reference, patched, inputs)
+    assert attention.config._attn_implementation == "xformer_fast"
+    xformer_fast.unpatch(patched)
+    assert attention.config._attn_implementation == "sdpa"
 
 
 def test_a_model_inside_another_is_patched_too():

@@ -104,6 +104,21 @@ def test_zero_sizes(backend):
         assert out.shape == q.shape
 
 
+def test_one_or_no_key_of_room(backend):
+    """A bias of one or of no distance, and the table of no sequence: strides that say nothing."""
+    q, _, _, k, v = inputs()
+    bias, lengths = xformer_fast.T5Bias(torch.randn(32, 4), bidirectional=False), torch.zeros(2, dtype=torch.int32)
+    room = torch.empty(2, 2, 1, 16), torch.empty(2, 2, 1, 16)
+    options = {"relative_bias": bias, "backend": backend}
+    out = xformer_fast.decode_attention(q, *room, lengths, new_key=k, new_value=v, **options)
+    torch.testing.assert_close(out, v.repeat_interleave(2, 1))
+    no_page = torch.zeros(2, 0, dtype=torch.int32)
+    assert not xformer_fast.decode_attention(q, *room, lengths, block_table=no_page, **options).any()
+    no_sequence = torch.zeros(0, 6, dtype=torch.int32)[:, ::2]
+    out = xformer_fast.decode_attention(q[:0], *room, lengths[:0], block_table=no_sequence, backend=backend)
+    assert out.shape == (0, 4, 1, 16)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype):
@@ -148,6 +163,7 @@ LENGTHS = torch.tensor([3, 10], dtype=torch.int32)
 PAGED = torch.randn(8, 2, 4, 16)
 META = torch.empty(4, 41, device="meta")
 TABLE = torch.arange(8, dtype=torch.int32).reshape(2, 4)
+LEARNED = torch.ones(50, 8, requires_grad=True)
 
 
 def call(query=Q, key_cache=KEYS, value_cache=VALUES, cache_lengths=LENGTHS, **options):
@@ -206,6 +222,8 @@ new = {"new_key": K, "new_value": V}
         (lambda b: call(rope=xformer_fast.Rope(META.mT, META.mT), **new, backend=b), "rope: cos is on meta"),
         (lambda b: call(query=Q.clone().requires_grad_(), backend=b), "query requires grad"),
         (lambda b: call(**{**new, "new_key": K.clone().requires_grad_()}, backend=b), "new_key requires grad"),
+        (lambda b: call(rope=xformer_fast.Rope(LEARNED, LEARNED.detach()), backend=b), "rope.cos requires grad"),
+        (lambda b: call(rope=xformer_fast.Rope(LEARNED.detach(), LEARNED), backend=b), "rope.sin requires grad"),
         (lambda b: call(backend="nope"), "backend must be one of"),
     ],
 )

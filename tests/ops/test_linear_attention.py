@@ -428,6 +428,7 @@ BAD = {
     r"decay\[1\] is 1.5": {"decay": torch.tensor([1.0, 1.5]), "causal": True},
     "eps must be finite": {"eps": -1.0},
     "scale must be a number": {"scale": "big"},
+    "scale must be finite in float32": {"scale": 1e300},
     "key_lengths must": {"key_lengths": torch.tensor([1, 2, 3])},
     r"key_lengths\[0\] is 11": {"key_lengths": torch.tensor([11])},
     r"initial_state\[0\] must be": {"initial_state": (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))},

@@ -20,10 +20,15 @@ HOSTS = {  # file -> library; in this order: distance.py goes on where transform
 
 @dataclass
 class PatchReport:
-    """What `patch` did: `replaced`, names of modules, and `skipped`, name -> why; `str()` is a table of both."""
+    """What `patch` did: `replaced`, names of modules, and `skipped`, name -> why; `str()` is a table of both.
+
+    Of those that were replaced, `followed` names the ones that compute their scores themselves: whether that code can
+    be followed shows at the first call. Where it cannot, a warning says why, and it runs as it was written.
+    """
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    followed: list[str] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -32,7 +37,8 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [f"{self.count} attention modules replaced, {len(self.skipped)} left as they were"]
         width = max((len(name) for name in (*self.replaced, *self.skipped)), default=0)
-        lines += [f"  {name:<{width}}  replaced" for name in self.replaced]
+        how = dict.fromkeys(self.followed, " if its code can be followed: the first call tells")
+        lines += [f"  {name:<{width}}  replaced{how.get(name, '')}" for name in self.replaced]
         lines += [f"  {name or '(model)':<{width}}  left: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -70,7 +76,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
         if name in replaced or name in around or not replaced.isdisjoint(_above(name)):
             del report.skipped[name]
     if not report.replaced and not report.skipped:
-        report.skipped[""] = "holds no attention of a supported library (transformers, timm, torch.nn)"
+        report.skipped[""] = "holds no attention that is known as one of transformers, timm or torch.nn"
     return report
 
 

@@ -13,6 +13,7 @@ by the host's own operations, and the host goes on with it. So a module may be f
 import dis
 import functools
 import inspect
+import sys
 import types
 import warnings
 import weakref
@@ -100,6 +101,7 @@ def following(
     The mode hands every call of torch to Python. So later calls of a module with such a map do without it, where they
     can: if all began with the first argument, that gets its stand-in from the start, as long as attention is reached
     so; if nothing began, they are not followed. Either way they run what the first call ran, as checkpointing needs.
+    Without maps, a module whose scores had to be computed is not followed again when it is called alike.
     Attention weights that it returns beside its output come back as None; if it is asked for them it is not followed.
     """
     names = list(inspect.signature(method).parameters)
@@ -111,12 +113,15 @@ def following(
     def followed(self, *args, **kwargs):
         asked = kwargs.get("output_attentions") or (wish is not None and len(args) > wish and args[wish])
         inside = any(isinstance(x, Followed) and x.trace.maps for x in (*args, *kwargs.values()))
-        if asked or inside:  # of a method that is followed
+        if asked or inside or _weights_are_collected():  # inside: of a method that is followed
             return method(self, *args, **kwargs)
         trace = Trace(backend, maps is not None and maps(), overwrites)
         known, key, first = {}, None, args[0] if args else None
         if trace.maps and stand_in and _is_map(first) and not torch.compiler.is_compiling():
             known, key = ways.setdefault(self, {}), (first.shape, self.training)
+        elif not trace.maps and isinstance(self, torch.nn.Module) and not torch.compiler.is_compiling():
+            given = tuple(map(_kind, (*args, *kwargs.values())))
+            known, key = ways.setdefault(self, {}), (given, tuple(kwargs), self.training)
         way = known.get(key)
         if way == "plain":
             return method(self, *args, **kwargs)
@@ -127,15 +132,45 @@ def following(
         else:
             with Following(trace):
                 result = method(self, *args, **kwargs)
-            if way is None and key is not None and len(known) < 256:
+            if not trace.maps:
+                if (
+                    trace.unknown
+                    and not trace.attended
+                    and key is not None
+                    and len(known) < 256
+                    and not _may_be_rerun()
+                ):
+                    known[key] = "plain"
+            elif way is None and key is not None and len(known) < 256:
                 by_first = len(trace.begun) == 1 and trace.begun[0] is first and trace.windows_attended
                 known[key] = "stand-in" if by_first else "mode" if trace.begun or trace.attended else "plain"
         if trace.unknown and (trace.maps or not trace.attended) and not torch.compiler.is_compiling():
             what = "windows are cut" if trace.maps else "attention is computed"
-            _tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
+            tell_once(f"{type(self).__name__}: {what} as its host does, since {trace.unknown} is not followed")
         return _returned(result)
 
     return followed
+
+
+def _weights_are_collected() -> bool:
+    """Do hooks of transformers wait for attention weights, which modules then are not asked for?"""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    if collector is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in key for key in collector.get() or ())
+
+
+def _kind(x):
+    """What of an argument decides which way code goes: a tensor's axes and dtype, a flag itself."""
+    if isinstance(x, bool | None):
+        return x
+    return (x.dim(), x.dtype) if isinstance(x, Tensor) else type(x)
+
+
+def _may_be_rerun() -> bool:
+    """Does something (checkpointing) take what is saved for backward, and may want the call again as it was?"""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _overwrites(code: types.CodeType) -> bool:
@@ -149,7 +184,7 @@ def _is_map(x) -> bool:
 
 
 @functools.cache
-def _tell_once(message: str):
+def tell_once(message: str):
     warnings.warn(message, stacklevel=3)
 
 
@@ -206,6 +241,10 @@ class Followed:
     def on_same(self, x, *args, **kwargs):
         return x
 
+    def on_type(self, x, *args):
+        cast = getattr(type(self), "on_cast", None)
+        return cast(self, x, *args) if cast and len(args) == 1 and isinstance(args[0], torch.dtype) else NotImplemented
+
 
 _NAMES = {  # the rule -> the names that torch, Tensor and functional have for the function
     "matmul": ("matmul", "bmm", "__matmul__"),
@@ -216,6 +255,7 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "mul": ("mul", "__mul__", "__rmul__", "__imul__", "multiply"),
     "div": ("div", "__truediv__", "__itruediv__", "true_divide"),
     "masked_fill": ("masked_fill",),
+    "max": ("max", "maximum"),
     "where": ("where",),
     "softmax": ("softmax",),
     "dropout": ("dropout",),
@@ -233,11 +273,13 @@ _NAMES = {  # the rule -> the names that torch, Tensor and functional have for t
     "unbind": ("unbind",),
     "chunk": ("chunk",),
     "getitem": ("__getitem__",),
+    "setitem": ("__setitem__",),
     "roll": ("roll",),
     "pad": ("pad",),
     "scaled_dot_product_attention": ("scaled_dot_product_attention",),
     "same": ("contiguous", "clone"),
     "cast": ("float", "to", "type_as"),
+    "type": ("type",),
 }
 
 

@@ -6,10 +6,11 @@ when the weights meet V. So one path serves every module, whatever its names, pr
     matmul, @, bmm, baddbmm, einsum       the products
     * /                                   a number, or a tensor that does not vary along the keys: goes to Q
     + -                                   biases and additive masks, broadcast as they are; a `Bias` keeps its structure
-    masked_fill, where: -1e4 or less      a boolean mask
+    masked_fill, where: -1e4 or less      a boolean mask, with which weights may be filled with 0 again
+    max with the lowest number            nothing
     softmax over the keys, dropout        in any spelling
     view, reshape, float, to, type_as     of scores and weights, batch and heads apart or together
-    a[..., None] + b[..., None, :]        decomposed relative positions, with the axes of a map: SAM's
+    a[..., None] + b[..., None, :]        decomposed relative positions, with the axes of a map: SAM's, MViT's
 
 Different from the host by intent: a masked key is left out, where hosts add a large negative number, and a query with
 no key left gives zeros. Queries and keys must not be written to between the product and the softmax.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..ops.attention import attention, scaled_dot_product_attention
 from .common import add_mask
-from .follow import Apart, Followed, Trace, begins, cast_of, real, sizes_of
+from .follow import Apart, Followed, Trace, begins, cast_of, real, sizes_of, takes_all
 
 _OPTIONS = "attention with these options"
 _HIDES = -1e4  # what is filled in with at most this number is masked
@@ -37,14 +38,16 @@ class Scores(Followed):
     With `cosine` query and key stand for their unit vectors, and `factor`, a tensor that broadcasts over keys, is part
     of the scale. `shift` is a number: softmax takes no notice of it, other functions do. A bias is a tensor that
     broadcasts to the scores, bool (True attends) or added, or a `Bias`. `cast` is the dtype that the host gave the
-    scores; the kernels choose their own precision.
+    scores; the kernels choose their own precision. `filled` are the masks that the host filled in.
     """
 
     weights = True
 
-    def __init__(self, trace: Trace, query, key, scale=1.0, shift=0.0, biases=(), cosine=False, factor=None, cast=None):
+    def __init__(
+        self, trace: Trace, query, key, scale=1.0, shift=0.0, biases=(), cosine=False, factor=None, cast=None, filled=()
+    ):
         self.trace, self.query, self.key, self.scale, self.shift = trace, query, key, scale, shift
-        self.biases, self.cosine, self.factor, self.cast = biases, cosine, factor, cast
+        self.biases, self.cosine, self.factor, self.cast, self.filled = biases, cosine, factor, cast, filled
 
     @property
     def shape(self):
@@ -59,7 +62,7 @@ class Scores(Followed):
         return self.query.device
 
     def but(self, **changes) -> "Scores":
-        names = ("query", "key", "scale", "shift", "biases", "cosine", "factor", "cast")
+        names = ("query", "key", "scale", "shift", "biases", "cosine", "factor", "cast", "filled")
         return Scores(self.trace, **{name: getattr(self, name) for name in names} | changes)
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -101,6 +104,8 @@ class Scores(Followed):
         bias = b if a is self else a
         if isinstance(bias, int | float) and not kwargs:
             return self.but(shift=self.shift + bias)
+        if isinstance(bias, Scores) and not kwargs:
+            return self._plus(bias)
         parts = bias.parts if isinstance(bias, Sum) else (bias,)
         fits = (
             part.shape == self.shape if isinstance(part, Decomposed) else isinstance(part, Bias) or self._takes(part)
@@ -109,6 +114,17 @@ class Scores(Followed):
         if kwargs or not all(fits):
             return NotImplemented
         return self.but(biases=(*self.biases, *parts))
+
+    def _plus(self, other: "Scores"):
+        """Two products as one, features side by side: LiLT's, of text and of layout."""
+        parts = self, other
+        plain = all(isinstance(s.query, Tensor) and not s.cosine and s.factor is None for s in parts)
+        if not plain or self.shape != other.shape or self.dtype != other.dtype:
+            return NotImplemented
+        query = torch.cat([s.query * s.scale for s in parts], -1)
+        key = torch.cat([s.key for s in parts], -1)
+        biases = (*self.biases, *other.biases)
+        return Scores(self.trace, query, key, shift=self.shift + other.shift, biases=biases, cast=self.cast)
 
     def on_sub(self, a, b, **kwargs):
         return self.on_add(a, -b, **kwargs) if a is self and isinstance(b, Tensor) else NotImplemented
@@ -124,7 +140,25 @@ class Scores(Followed):
         if isinstance(value, Tensor) or value > _HIDES:
             return NotImplemented
         keep = mask.inverted() if isinstance(mask, Bias) else ~mask if self._takes(mask) else NotImplemented
-        return NotImplemented if keep is NotImplemented else self.but(biases=(*self.biases, keep))
+        if keep is NotImplemented:
+            return NotImplemented
+        return self.but(biases=(*self.biases, keep), filled=(*self.filled, mask))
+
+    def on_max(self, a, b=None, **kwargs):
+        least = b if a is self else a
+        if kwargs or not isinstance(least, Tensor) or least.dim() or not least.is_cpu or torch.compiler.is_compiling():
+            return NotImplemented
+        return self if float(least) <= torch.finfo(self.dtype).min else NotImplemented
+
+    def on_getitem(self, x, index):
+        plain = takes_all(index, self.shape) and not torch.compiler.is_compiling()
+        return ScoresOfMap(self) if plain else NotImplemented
+
+    def on_setitem(self, x, index, value):
+        """scores[:, :] = scores[:, :] + more"""
+        if not takes_all(index, self.shape) or not isinstance(value, Scores) or value.query is not self.query:
+            return NotImplemented
+        self.__dict__.update(value.__dict__)
 
     def on_where(self, *args):
         condition, x, other = args if len(args) == 3 and args[1] is self else (args[1], args[0], args[-1])
@@ -144,7 +178,7 @@ class Scores(Followed):
         old = self.shape[:-2]
         *biases, factor = (x if x is None else regrouped(x, old, lead) for x in (*self.biases, self.factor))
         query, key = (t.reshape(*lead, *t.shape[-2:]) for t in (self.query, self.key))
-        return self.but(query=query, key=key, biases=tuple(biases), factor=factor)
+        return self.but(query=query, key=key, biases=tuple(biases), factor=factor, filled=())
 
     def on_view_as(self, x, other):
         return self.on_view(x, *other.shape)
@@ -153,6 +187,54 @@ class Scores(Followed):
         if dim not in (-1, len(self.shape) - 1):
             return NotImplemented
         return Weights(self if dtype is None else self.but(cast=dtype))
+
+
+class ScoresOfMap(Followed):
+    """All of some scores, queries and keys with the axes of a map once they are viewed so, and what is added there."""
+
+    weights = True
+
+    def __init__(self, scores: Scores, sizes: tuple = (), added: tuple = ()):
+        self.trace, self.scores, self.sizes, self.added = scores.trace, scores, sizes, added
+
+    @property
+    def shape(self):
+        return torch.Size(self.sizes or self.scores.shape)
+
+    @property
+    def dtype(self):
+        return self.scores.dtype
+
+    @property
+    def device(self):
+        return self.scores.device
+
+    def compute(self):
+        return functools.reduce(torch.add, self.added, self.scores.real().reshape(self.shape))
+
+    def on_view(self, x, *sizes):
+        sizes, shape = sizes_of(sizes), self.scores.shape
+        if sizes and sizes.count(-1) == 1:
+            sizes[sizes.index(-1)] = math.prod(shape) // -math.prod(sizes)
+        if not self.sizes and sizes and len(sizes) == len(shape) + 2:
+            queries, keys = math.prod(sizes[-4:-2]), math.prod(sizes[-2:])
+            fits = [*sizes[:-4], queries, keys] == list(shape)
+            return ScoresOfMap(self.scores, tuple(sizes)) if fits else NotImplemented
+        if not self.sizes or sizes != list(shape) or len(self.added) != 2:
+            return NotImplemented
+        lead, (height, width) = shape[:-1], self.sizes[-2:]
+        rows = [x for x in self.added if x.shape == (*self.sizes[:-1], 1)]
+        columns = [x for x in self.added if x.shape == (*self.sizes[:-2], 1, width)]
+        if len(rows) != 1 or len(columns) != 1:
+            return NotImplemented
+        rel = Decomposed(self.trace, rows[0].reshape(*lead, height), columns[0].reshape(*lead, width), True)
+        return self.scores.but(biases=(*self.scores.biases, rel))
+
+    def on_add(self, a, b, **kwargs):
+        more = b if a is self else a
+        if kwargs or not self.sizes or not isinstance(more, Tensor) or more.dim() != len(self.sizes):
+            return NotImplemented
+        return ScoresOfMap(self.scores, self.sizes, (*self.added, more))
 
 
 class Weights(Followed):
@@ -185,6 +267,11 @@ class Weights(Followed):
         if not training or not p:
             return self
         return NotImplemented if self.dropout_p else Weights(self.scores, p)
+
+    def on_masked_fill(self, x, mask, value):
+        """0 where the scores were filled in: those weights are 0."""
+        again = any(mask is filled for filled in self.scores.filled) and not self.dropout_p
+        return self if again and not isinstance(value, Tensor) and value == 0 else NotImplemented
 
     def on_cast(self, x, *args, **kwargs):
         return Weights(self.scores.on_cast(x, *args, **kwargs), self.dropout_p)

@@ -80,11 +80,11 @@ def _methods(cls: type):
 def _attends(code: types.CodeType) -> bool:
     if SDPA in code.co_names and decomposes(code):
         return True
-    return "softmax" in code.co_names and _multiplies(code)
+    return not {"softmax", "Softmax"}.isdisjoint(code.co_names) and _multiplies(code)
 
 
 def _multiplies(code: types.CodeType) -> bool:
-    return bool(_PRODUCTS.intersection(code.co_names)) or _has_operator(code)
+    return any(name in _PRODUCTS or name.startswith("matmul_") for name in code.co_names) or _has_operator(code)
 
 
 def _has_operator(code: types.CodeType) -> bool:
@@ -102,6 +102,7 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
             else:
                 swap(module, _recipe, backend)
                 report.replaced.append(name)
+                report.followed.append(name)
         elif partitioners(cls) and windows_run(next(module.parameters(), None), backend):
             inside = [method for m in module.modules() for method in scorers(original(m)).values()]
             operator = any(_has_operator(inspect.unwrap(method).__code__) for method in inside)

@@ -14,6 +14,7 @@ notebook, say, may rely on globals that change, so only LIBRARIES are looked at.
 import contextlib
 import functools
 import inspect
+import re
 import types
 
 import torch
@@ -28,6 +29,7 @@ from .follow_attention import sdpa
 from .follow_windows import masks_followed
 
 LIBRARIES = {"timm", "transformers"}
+_NAMED = re.compile("Att(n|ention)(?![a-z])|MHSA|SHSA|GPSA|MLA")
 SDPA = "scaled_dot_product_attention"
 
 
@@ -104,9 +106,11 @@ def patch_model(model: nn.Module, backend: str | None, report: PatchReport):
             continue
         if not callers(cls):
             below = (m for m in module.modules() if m is not module)
-            named = "timm" in libraries and "Attention" in cls.__name__  # transformers.py speaks for its own
-            if named and not any("Attention" in type(m).__name__ for m in below):
-                report.skipped[name] = "computes its scores itself, not through scaled_dot_product_attention"
+            named = "timm" in libraries and _NAMED.search(cls.__name__)  # transformers.py speaks for its own
+            if named and not any(_NAMED.search(type(m).__name__) for m in below):
+                report.skipped[name] = (
+                    "neither calls scaled_dot_product_attention nor computes scores as followed.py knows"
+                )
         elif reason := no_kernel(next(module.parameters(), None), backend):
             report.skipped[name] = reason
         else:

@@ -28,8 +28,9 @@ one row), for chunked attention, and under torch.compile for packed sequences an
 Models whose own code computes with masks (attention beside AttentionInterface, masks that grow by a piece) get those of
 their own implementation, `eager_mask` or `sdpa_mask`, under a name of its own: see `_MASKS`.
 
-Not done: attention weights (`output_attentions`), head masks, sparse indices, continuous batching's paged cache. They
-raise, as does any option that is not known to be harmless.
+Not done: head masks, sparse indices, continuous batching's paged cache. They raise, as does any option that is not
+known to be harmless. Attention weights are never formed: asked for them (`output_attentions`), models return what they
+return with "sdpa", which forms none either, and a warning tells.
 """
 
 import copy
@@ -42,7 +43,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -57,7 +64,7 @@ from ..ops.attention import attention, varlen_attention
 from . import PatchReport
 from .banded import is_banded
 from .common import add_mask, hide, no_kernel, original
-from .follow import Followed, Trace, real, takes_all
+from .follow import Followed, Trace, real, takes_all, tell_once
 from .follow_attention import Rule, Sum, sdpa
 from .followed import scorers
 
@@ -74,14 +81,15 @@ _HARMLESS = frozenset(  # what models hand down with their other keyword argumen
         "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict",
         "seq_idx", "token_type_ids", "use_cache",
     }
-)  # fmt: skip
+).union(vars(GenerationConfig())) - {"output_attentions"}  # fmt: skip
 _REFUSED = {
-    "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
     "head_mask": "heads cannot be masked",
     "indices": "sparse attention to chosen keys is not supported",
     "block_indices": "sparse attention to chosen blocks is not supported",
+    "sinks": "sinks that differ from query to query are not supported",
     "cache": "continuous batching's paged cache is not supported",
 }
+_REFUSED_AT_ONCE = ("indices", "block_indices", "sinks")  # modules that hand these down are left as they are
 
 
 def attention_forward(
@@ -110,6 +118,8 @@ def attention_forward(
     is given and the module is causal. s_aux: (Hq,) attention sinks. position_bias: added to the scores, with gradient.
     With cu_seq_lens_* the rows hold packed sequences, laid end to end.
     """
+    if kwargs.pop("output_attentions", None) and not torch.compiler.is_compiling():
+        tell_once("output_attentions: attention weights are never formed; unpatch, and use 'eager', to see them")
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
             raise TypeError(f"xformer_fast attention: {name}: {_REFUSED.get(name, 'this option is not known to it')}")
@@ -452,7 +462,15 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
     for name, module in host.named_modules():
         if isinstance(module, PreTrainedModel):
             owners.setdefault(id(module.config), (name, module))
+    private: dict[int, str] = {}  # the first attention module of each config that no model has
+    for name, module in attentions.items():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in owners:
+            private.setdefault(id(config), name)
     reasons = {name: _reason_against(owner, backend) for name, owner in owners.values()}
+    for name, module in attentions.items():
+        owner = _owner_of(name, owners)
+        reasons[owner] = reasons[owner] or _refused(original(module))
     followed = {name for name, owner in owners.values() if _is_followed(owner, backend)}
 
     implementation = register(backend)
@@ -461,7 +479,8 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
         if _RECORD not in vars(host):
             _own_configs(root, path, host)
         unpatch_model(host)
-        before = {name: _implementations(owner.config) for name, owner in owners.values()}
+        names = (*(name for name, _ in owners.values()), *private.values())
+        before = {name: _implementations(host.get_submodule(name).config) for name in names}
         setattr(host, _RECORD, Record(backend, before))
         for name, owner in owners.values():  # setting an outer model sets the inner ones too: they come after it
             if name in followed:
@@ -471,10 +490,14 @@ def _patch_pretrained(root: nn.Module, path: str, host: PreTrainedModel, backend
             else:
                 wanted[name] = implementation + _masks_of(owner, before[name][""])
                 _assign(owner, wanted[name])
+        for name in private.values():
+            owner = _owner_of(name, owners)
+            if owner in wanted:
+                host.get_submodule(name).config._attn_implementation_internal = wanted[owner]
 
     prefix = f"{path}." if path else ""
     for name, module in attentions.items():
-        owner = max((n for n, _ in owners.values() if _inside(name, n)), key=len)
+        owner = _owner_of(name, owners)
         config = getattr(module, "config", host.get_submodule(owner).config)
         if config._attn_implementation in wanted.values():
             report.replaced.append(prefix + name)
@@ -518,6 +541,19 @@ def _inside(name: str, outer: str) -> bool:
 def _uses_interface(module: nn.Module) -> bool:
     forward = inspect.unwrap(original(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _owner_of(name: str, owners: dict) -> str:
+    """The name of the innermost of the models that a module lies in."""
+    return max((owner for owner, _ in owners.values() if _inside(name, owner)), key=len)
+
+
+@functools.cache
+def _refused(cls: type) -> str | None:
+    """Why the attention function could not serve the call in its forward, or None: by the keywords that it names."""
+    constants = inspect.unwrap(cls.forward).__code__.co_consts
+    keywords = {name for names in constants if isinstance(names, tuple) for name in names}
+    return next((_REFUSED[name] for name in _REFUSED_AT_ONCE if name in keywords), None)
 
 
 def _implementations(config) -> dict:

@@ -1,7 +1,6 @@
 """Softmax attention: `attention`, `scaled_dot_product_attention`, `varlen_attention`, and their table of backends."""
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -406,6 +405,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor | tuple
         if call.relative_bias is not None:
             lengths = call.max_seqlen_q, call.max_seqlen_k
             distance_bias = call.relative_bias.values_for(*lengths, top_left=top_left).float().contiguous()
+            checks.refuse_forward_ad("attention", distance_bias)
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
             if mask.dtype == torch.float64:
@@ -496,7 +496,7 @@ def _run_as_before(query, key, value, causal, scale) -> tuple[Tensor, Tensor] | 
         return None
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif type(scale) is not float or not math.isfinite(scale):
+    elif type(scale) is not float or not -checks.LARGEST <= scale <= checks.LARGEST:
         return None
     return _run_plain(plain, query, key, value, scale, operator.BOTTOM_RIGHT if causal else operator.NOT_CAUSAL)
 
@@ -511,7 +511,7 @@ def _run_plain(plain: operator.PlainOperator, query, key, value, scale, causal) 
 def _run_eagerly(kernels: operator.Operator, arguments, requires_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     try:
         if torch._C._are_functorch_transforms_active():
-            return kernels.transformed.apply(*arguments)
+            return operator.apply_twin(kernels.transformed, *arguments)
         if requires_grad and torch.is_grad_enabled():
             if torch.is_autocast_enabled(arguments[0].device.type):
                 return kernels.forward(*arguments)

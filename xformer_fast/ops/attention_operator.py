@@ -183,9 +183,40 @@ def _plain_backward_fake(grad_out, grad_lse, query, key, value, out, lse, scale,
 
 
 def _twin(operator, setup_context, backward) -> type[torch.autograd.Function]:
-    members = {"forward": operator, "setup_context": setup_context, "backward": backward}
+    op = operator.name().partition("::")[2].removesuffix("_backward").rpartition("_")[0]
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(checks.NO_FORWARD_AD.format(op))
+
+    members = {"forward": operator, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     statics = {name: staticmethod(function) for name, function in members.items()}
     return type(operator.name(), (torch.autograd.Function,), statics | {"generate_vmap_rule": True})
+
+
+def apply_twin(twin: type[torch.autograd.Function], query: Tensor, key: Tensor, value: Tensor, *options):
+    """Autocast's rule comes before a twin, which keeps its inputs for the backward as it gets them."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = in_autocast_dtype(device, query, key, value)
+    return twin.apply(query, key, value, *options)
+
+
+def in_autocast_dtype(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def leaf_of(op: str, tensor: Tensor) -> Tensor:
+    """What a second derivative starts from."""
+    try:
+        return tensor.detach().requires_grad_()
+    except RuntimeError:
+        if not torch._C._are_functorch_transforms_active():
+            raise
+        raise NotImplementedError(
+            f"{op}: second derivatives by torch.func are not implemented by the kernels; use torch.autograd.grad with "
+            'create_graph=True, or backend="reference"'
+        ) from None
 
 
 def in_order_of(like: Tensor, last) -> Tensor:
@@ -244,7 +275,7 @@ def _second_order(ctx, *grad_grads):
         "distance_bias": distance_bias, "sinks": sinks, "rel_h": rel_h, "rel_w": rel_w,
         "grad_out": grad_out, "grad_lse": grad_lse,
     }  # fmt: skip
-    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point()}
+    leaves = {n: leaf_of("attention", t) for n, t in tensors.items() if t is not None and t.is_floating_point()}
     with torch.enable_grad():
         distances = leaves.get("distance_bias")
         if distances is not None:
@@ -304,8 +335,7 @@ def register_autocast(forward, device: str):
     excluded = torch._C.DispatchKeySet(key)
 
     def autocast(query, key, value, *options):
-        dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return forward(*(t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)), *options)
+            return forward(*in_autocast_dtype(device, query, key, value), *options)
 
     _LIBRARY.impl(forward, autocast, "AutocastCPU" if device == "cpu" else "AutocastCUDA")

@@ -1,7 +1,6 @@
 """Argument checks that ops share: ValueError or TypeError, naming the argument, what it was and what it must be."""
 
 import itertools
-import math
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from .. import dispatch
 
+NO_FORWARD_AD = '{}: forward-mode AD is not implemented by the kernels; use backend="reference"'
+LARGEST = torch.finfo(torch.float32).max  # of numbers that kernels take
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -200,12 +201,12 @@ def check_relative_bias(bias, heads, device) -> Tensor | None:
 def check_numbers(scale, softcap, dropout_p):
     if scale is not None:
         check_number("scale", scale)
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"scale must be finite, got {scale}")
+        if not -LARGEST <= scale <= LARGEST:
+            raise ValueError(f"scale must be finite in float32, got {scale}")
     if softcap is not None:
         check_number("softcap", softcap)
-        if not 0 <= softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite (0 or None: none), got {softcap}")
+        if not 0 <= softcap <= LARGEST:
+            raise ValueError(f"softcap must be positive and finite in float32 (0 or None: none), got {softcap}")
     check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -214,6 +215,11 @@ def check_numbers(scale, softcap, dropout_p):
 def check_number(name: str, number):
     if isinstance(number, bool) or not isinstance(number, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+
+
+def check_int(name: str, number):
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {number!r}")
 
 
 def as_value_error(error: RuntimeError) -> Exception:
@@ -231,4 +237,4 @@ def refuse_forward_ad(op: str, *tensors):
     if not forward_ad_is_on():
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f'{op}: forward-mode AD is not implemented by the kernels; use backend="reference"')
+        raise NotImplementedError(NO_FORWARD_AD.format(op))

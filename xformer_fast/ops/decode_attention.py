@@ -185,6 +185,8 @@ def checked(*arguments, **options) -> Call:
             query=query, key_cache=key_cache, value_cache=value_cache, new_key=call.new_key, new_value=call.new_value,
             alibi_slopes=call.alibi_slopes, relative_bias=values, sinks=call.sinks,
         )  # fmt: skip
+        if call.rope is not None:
+            named |= {"rope.cos": call.rope.cos, "rope.sin": call.rope.sin}
         for name, tensor in named.items():
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(

@@ -24,6 +24,7 @@ from ..feature_maps import FeatureMap
 from . import checks
 from . import linear_attention_operator as operator
 from .attention import _any_requires_grad
+from .attention_operator import apply_twin
 
 State = tuple[Tensor, Tensor]
 
@@ -176,8 +177,8 @@ def _checked(query, key, value, *options) -> Call:
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not 0 <= call.eps < float("inf"):
         raise ValueError(f"eps must be finite and >= 0, got {call.eps}")
-    if not -float("inf") < call.scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {call.scale}")
+    if not -checks.LARGEST <= call.scale <= checks.LARGEST:
+        raise ValueError(f"scale must be finite in float32, got {call.scale}")
     feature_maps.check(call.feature_map, query.shape[-1])
     if call.key_lengths is not None:
         checks.check_lengths("key_lengths", call.key_lengths, batch, device)
@@ -287,7 +288,7 @@ def kernel_runner(forward: Callable, twin: type, fused=feature_maps.FUSED) -> Ca
 def _run_eagerly(forward: Callable, twin: type, arguments):
     try:
         if torch._C._are_functorch_transforms_active():
-            return twin.apply(*arguments)
+            return apply_twin(twin, *arguments)
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():  # spares the operator's autograd wrapper, which is Python

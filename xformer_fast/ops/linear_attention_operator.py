@@ -10,7 +10,15 @@ from collections.abc import Callable
 import torch
 
 from .. import feature_maps, reference
-from .attention_operator import _LIBRARY, _save_backward, _twin, backward_runner, in_order_of, register_autocast
+from .attention_operator import (
+    _LIBRARY,
+    _save_backward,
+    _twin,
+    backward_runner,
+    in_order_of,
+    leaf_of,
+    register_autocast,
+)
 
 OPTIONS = (
     "Tensor? key_lengths, Tensor? cu_seqlens, Tensor? decay, Tensor? initial_kv, Tensor? initial_z, int feature_map, "
@@ -117,7 +125,7 @@ def _second_order(ctx, *grad_grads):
     feature_map, causal, normalize, eps, scale = numbers[:5]
     names = ("query", "key", "value", "decay", "kv", "z", "grad_out", "grad_kv", "grad_z")
     tensors = (query, key, value, decay, kv, z, grad_out, grad_kv, grad_z)
-    leaves = {n: t.detach().requires_grad_() for n, t in zip(names, tensors, strict=True) if t is not None}
+    leaves = {n: leaf_of("linear_attention", t) for n, t in zip(names, tensors, strict=True) if t is not None}
     with torch.enable_grad():
         out, states = reference.linear_attention(
             leaves["query"], leaves["key"], leaves["value"], feature_map=feature_maps.FUSED[feature_map],

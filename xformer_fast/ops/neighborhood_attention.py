@@ -19,6 +19,7 @@ from ..dispatch import (
 )
 from . import checks
 from . import neighborhood_operator as operator
+from .attention_operator import apply_twin
 
 
 @dataclass(slots=True)
@@ -178,7 +179,7 @@ def kernel_runner(kernels: operator.Operator) -> Callable[[Call], Tensor]:
         if torch.compiler.is_compiling():
             return kernels.forward(*arguments)
         if torch._C._are_functorch_transforms_active():
-            return kernels.transformed.apply(*arguments)
+            return apply_twin(kernels.transformed, *arguments)
         if torch.is_autocast_enabled(call.query.device.type):
             return kernels.forward(*arguments)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -108,6 +108,8 @@ def _checked(x, cos, sin, positions, sections, interleaved, inverse, inplace) ->
         raise ValueError(f"x must be (B, H, S, D), got shape {tuple(x.shape)}")
     checks.check_float("x", x)
     check_tables(cos, sin, sections)
+    if positions is not None:
+        checks.check_tensors(positions=positions)
     for name, tensor in (("cos", cos), ("sin", sin), ("positions", positions)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: they must share a device")
@@ -124,11 +126,16 @@ def _checked(x, cos, sin, positions, sections, interleaved, inverse, inplace) ->
 
 
 def check_tables(cos: Tensor, sin: Tensor, sections: Sequence[int] | None):
+    checks.check_tensors(cos=cos, sin=sin)
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(f"cos and sin must both be (P, R/2), got {tuple(cos.shape)} and {tuple(sin.shape)}")
     checks.check_float("cos", cos)
     checks.check_float("sin", sin)
-    if sections is not None and (sum(sections) != cos.shape[1] or min(sections) < 0 or len(sections) > 8):
+    if sections is None:
+        return
+    if not isinstance(sections, (tuple, list)) or any(type(n) is not int for n in sections):
+        raise TypeError(f"sections must be a tuple of ints, got {sections!r}")
+    if not sections or sum(sections) != cos.shape[1] or min(sections) < 0 or len(sections) > 8:
         raise ValueError(
             f"sections must sum to R/2 = {cos.shape[1]}, each at least 0 and at most 8 of them, got {tuple(sections)}"
         )
@@ -180,7 +187,7 @@ def kernel_runner(operators: operator.Operators) -> Callable[[Call], tuple[Tenso
     """Runs a checked call on registered operators."""
 
     def run(call: Call) -> tuple[Tensor, ...]:
-        checks.refuse_forward_ad("apply_rope", *call.tensors)
+        checks.refuse_forward_ad("apply_rope", *call.tensors, call.cos, call.sin)
         sections = None if call.sections is None else list(call.sections)
         cos, sin = (table if table.dtype == torch.float32 else table.float() for table in (call.cos, call.sin))
         arguments = cos, sin, *call.positions, *call.first, sections, call.interleaved, call.inverse

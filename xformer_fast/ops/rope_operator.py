@@ -97,7 +97,10 @@ def register(backend: str) -> Operators:
 
 
 def _function(name: str, forward, setup_context, backward) -> type[torch.autograd.Function]:
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(checks.NO_FORWARD_AD.format("apply_rope"))
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     statics = {name: staticmethod(function) for name, function in members.items()}
     return type(name, (torch.autograd.Function,), statics | {"generate_vmap_rule": True})
 

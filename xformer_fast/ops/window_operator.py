@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .attention_operator import Operator, _twin, backward_runner, register_autocast
+from .attention_operator import Operator, _twin, backward_runner, leaf_of, register_autocast
 
 OPTIONS = "Tensor? table, Tensor? bias, Tensor? logit_scale, int[] window, int[] shift, bool grid, float scale"
 FORWARD_SCHEMA = f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> Tensor"
@@ -92,7 +92,7 @@ def _save_backward(ctx, inputs, output):
 def _second_order(ctx, *grad_grads):
     """Vector-Jacobian product of the backward, recomputed through the reference: materialises the scores."""
     window, shift, grid, scale, *_ = ctx.options
-    leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    leaves = [None if t is None else leaf_of("window_attention", t) for t in ctx.saved_tensors]
     nothing = (None,) * (len(leaves) + len(ctx.options))
     wanted = [(t, g) for t, g in zip(leaves[1:], grad_grads, strict=True) if t is not None and g is not None]
     if not wanted:
